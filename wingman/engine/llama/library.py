@@ -1,0 +1,100 @@
+"""Loads llama_cpp once, checks that it is the library this code was written against, and sends its
+log lines to ours.
+
+The log callback is a ctypes object that C keeps a pointer to: it lives in this module for ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections import deque
+from typing import Any, Final
+
+from wingman.errors import ModelLoadFailure
+
+# libgomp reads this when it is loaded. Its threads spin at each barrier; unbounded spinning makes
+# two busy models on the same cores take 30 times longer, while 10 000 turns cost an idle machine nothing.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from llama_cpp import llama_cpp as lib
+
+__all__ = ["build_info", "check_signatures", "initialize", "lib", "take_errors", "version"]
+
+log = logging.getLogger("wingman.llama")
+
+_EXPECTED: Final = {
+    "llama_sampler_init_penalties": 5,
+    "llama_sampler_init_dry": 7,
+    "llama_sampler_init_xtc": 4,
+    "llama_sampler_init_adaptive_p": 3,
+    "llama_sampler_sample": 3,
+    "llama_memory_seq_rm": 4,
+    "llama_memory_seq_add": 5,
+    "llama_model_load_from_file": 2,
+    "llama_init_from_model": 2,
+    "llama_tokenize": 7,
+    "llama_token_to_piece": 6,
+    "llama_get_logits_ith": 2,
+    "llama_decode": 2,
+    "llama_n_ctx_seq": 1,
+}
+"""Parameter counts of the functions whose signatures moved between versions."""
+
+
+def check_signatures() -> None:
+    """Raise ModelLoadFailure when the installed llama-cpp-python differs from the supported one."""
+    for name, n_expected in _EXPECTED.items():
+        function = getattr(lib, name, None)
+        n_found = len(function.argtypes) if function is not None else -1
+        if n_found != n_expected:
+            raise ModelLoadFailure(
+                f"llama-cpp-python {version()} does not have the {name} this Wingman needs; "
+                "install the version range that Wingman asks for"
+            )
+
+
+def version() -> str:
+    """The installed llama-cpp-python version."""
+    import llama_cpp
+
+    return str(llama_cpp.__version__)
+
+
+def build_info() -> str:
+    """What system_fingerprint and /props show; llama-server's begins with "b" too."""
+    return f"b-llama-cpp-python-{version()}"
+
+
+_ERROR: Final = 3  # GGML_LOG_LEVEL_ERROR
+_recent_errors: Final[deque[str]] = deque(maxlen=4)
+
+
+def _on_log(level: int, text: bytes, _: Any) -> None:
+    line = text.decode("utf-8", "replace").rstrip()
+    if level == _ERROR:
+        _recent_errors.append(line)
+    if line:  # the library's warnings concern people who debug it
+        log.debug("%s", line)
+
+
+_log_callback = lib.llama_log_callback(_on_log)
+_initialized = False
+
+
+def initialize() -> None:
+    """Prepare the library; harmless when called again."""
+    global _initialized  # noqa: PLW0603 - one library per process
+    if not _initialized:
+        check_signatures()
+        lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        _initialized = True
+
+
+def take_errors() -> str:
+    """The last error lines the library logged, oldest first, then forgotten; "" when none."""
+    text = "; ".join(_recent_errors)
+    _recent_errors.clear()
+    return text

@@ -1,0 +1,161 @@
+"""Weights and vocabulary of one GGUF model.
+
+Loaded and freed on the engine thread. The vocabulary functions read immutable data, so
+`LlamaTokenizer` may be used from any thread until the model is freed; its owner sees to that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from wingman.config import ModelConfig
+from wingman.engine.llama import library
+from wingman.engine.llama.library import lib
+from wingman.errors import ModelLoadFailure
+
+_SPLIT_NAME: Final = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+_SPLIT_MODES: Final = {"none": 0, "layer": 1, "row": 2}
+_LOAD_MODES: Final = {  # (mmap, mlock)
+    (False, False): lib.LLAMA_LOAD_MODE_NONE,
+    (True, False): lib.LLAMA_LOAD_MODE_MMAP,
+    (False, True): lib.LLAMA_LOAD_MODE_MLOCK,
+    (True, True): lib.LLAMA_LOAD_MODE_MMAP_MLOCK,
+}
+_ALL_LAYERS: Final = 0x7FFFFFFF
+
+
+def first_split(path: Path) -> Path:
+    """The first part of a split model, given any part; other paths unchanged (llama_split_path)."""
+    match = _SPLIT_NAME.search(path.name)
+    if match is None:
+        return path
+    return path.with_name(path.name[: match.start()] + f"-00001-of-{match.group(1)}.gguf")
+
+
+class LlamaModel:
+    """A loaded model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Load the weights. Raises ModelLoadFailure with what the library said."""
+        assert config.model is not None
+        library.initialize()
+        self.path = first_split(config.model.expanduser())
+        if not self.path.is_file():
+            raise ModelLoadFailure(f"{self.path} is not a file")
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = _ALL_LAYERS if config.n_gpu_layers < 0 else config.n_gpu_layers
+        params.main_gpu = config.main_gpu
+        params.split_mode = _SPLIT_MODES[config.split_mode]
+        params.load_mode = _LOAD_MODES[config.mmap, config.mlock]
+        library.take_errors()
+        handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
+        if not handle:
+            reason = library.take_errors() or "the library gave no reason"
+            raise ModelLoadFailure(f"can't load {self.path}: {reason}")
+        self.handle: Any = handle
+        self.vocab: Any = lib.llama_model_get_vocab(handle)
+        self.tokenizer = LlamaTokenizer(self.vocab)
+
+    def close(self) -> None:
+        """Free the weights; the tokenizer must not be used any more."""
+        if self.handle:
+            lib.llama_model_free(self.handle)
+            self.handle = None
+
+    def describe(self) -> str:
+        """The library's one-line description."""
+        buffer = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self.handle, buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
+
+    def ftype(self) -> str:
+        """Quantisation of the file in words."""
+        name = lib.llama_ftype_name(lib.llama_model_ftype(self.handle))
+        return name.decode() if name else ""
+
+    def chat_template(self) -> str | None:
+        """The jinja2 template in the GGUF, or None."""
+        raw = lib.llama_model_chat_template(self.handle, None)
+        return raw.decode("utf-8", "replace") if raw else None
+
+    def metadata(self) -> dict[str, str]:
+        """Key-value pairs of the GGUF header, arrays and long texts shortened by the library."""
+        pairs = {}
+        buffer = ctypes.create_string_buffer(512)
+        for index in range(lib.llama_model_meta_count(self.handle)):
+            lib.llama_model_meta_key_by_index(self.handle, index, buffer, len(buffer))
+            key = buffer.value.decode("utf-8", "replace")
+            lib.llama_model_meta_val_str_by_index(self.handle, index, buffer, len(buffer))
+            pairs[key] = buffer.value.decode("utf-8", "replace")
+        return pairs
+
+    @property
+    def can_rollback(self) -> bool:
+        """Whether its cache can drop the last tokens of a sequence."""
+        is_recurrent = lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle)
+        return not is_recurrent and not lib.llama_model_n_swa(self.handle)
+
+
+class LlamaTokenizer:
+    """Tokenizer over a llama_vocab; thread-safe while the model lives."""
+
+    def __init__(self, vocab: Any) -> None:
+        self._vocab = vocab
+        self.n_tokens = int(lib.llama_vocab_n_tokens(vocab))
+        self._pieces: list[bytes | None] = [None] * self.n_tokens
+        self._eog = frozenset(t for t in range(self.n_tokens) if lib.llama_vocab_is_eog(vocab, t))
+
+    @property
+    def eog_tokens(self) -> tuple[int, ...]:
+        """Every token that ends a generation."""
+        return tuple(sorted(self._eog))
+
+    def is_eog(self, token: int) -> bool:  # noqa: D102
+        return token in self._eog
+
+    def piece(self, token: int, special: bool = False) -> bytes:  # noqa: D102
+        if special:
+            return self._read_piece(token, special=True)
+        piece = self._pieces[token]
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token, special=False)
+        return piece
+
+    def _read_piece(self, token: int, *, special: bool) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n_bytes = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if n_bytes >= 0:
+                return buffer.raw[:n_bytes]
+            size = -n_bytes
+
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:  # noqa: D102
+        data = text.encode("utf-8", "replace")
+        capacity = len(data) + 8
+        while True:
+            buffer = (lib.llama_token * capacity)()
+            count = lib.llama_tokenize(
+                self._vocab, data, len(data), buffer, capacity, add_special, parse_special
+            )
+            if count >= 0:
+                return list(buffer[:count])
+            capacity = -count
+
+    def detokenize(self, tokens: Sequence[int], special: bool) -> str:  # noqa: D102
+        array = (lib.llama_token * max(len(tokens), 1))(*tokens)
+        size = 16 * len(tokens) + 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = lib.llama_detokenize(self._vocab, array, len(tokens), buffer, size, False, special)
+            if count >= 0:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            size = -count
+
+    def special_text(self, token: int) -> str:
+        """Text of a special token such as BOS; "" when the model has none."""
+        return "" if token < 0 else self.piece(token, special=True).decode("utf-8", "replace")

@@ -1,0 +1,135 @@
+"""What the scheduler plans and what a model runtime does with it.
+
+A Batch says what to compute; it knows no policy. A Runner computes it; it knows no job. Tests
+script a Runner, `wingman.engine.llama` is the real one. All on the engine thread, except
+`Tokenizer`, whose methods may be called from any thread while the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from wingman.config import SamplingParams
+from wingman.engine.types import ModelInfo
+
+TO_END = -1
+"""An end position that means "everything from the start position on" (llama_memory_seq_rm)."""
+
+
+class RunnerFailure(Exception):
+    """A batch could not be computed; the runtime is usable again after `reset`."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvRemove:
+    """Drop the cached tokens at positions [start, end) of a slot."""
+
+    slot_id: int
+    start: int
+    end: int = TO_END
+
+
+@dataclass(frozen=True, slots=True)
+class KvShift:
+    """Move the cached tokens at positions [start, end) of a slot by `delta` positions."""
+
+    slot_id: int
+    start: int
+    end: int
+    delta: int
+
+
+KvOp = KvRemove | KvShift
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerStart:
+    """Give a slot a fresh sampler; `history` are the prompt tokens that penalties look back on."""
+
+    slot_id: int
+    params: SamplingParams
+    history: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one slot at consecutive positions; a token is sampled after the last if asked."""
+
+    slot_id: int
+    job_id: int
+    tokens: Sequence[int]
+    position: int
+    wants_sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: cache operations first, in order, then the chunks at once."""
+
+    kv: tuple[KvOp, ...]
+    samplers: tuple[SamplerStart, ...]
+    chunks: tuple[Chunk, ...]
+    planned_at: float
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to compute."""
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+Samples = Mapping[int, int]
+"""Slot id -> token sampled, for each chunk that wanted one."""
+
+
+class Vocabulary(Protocol):
+    """What the scheduler asks about tokens."""
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The token's bytes; a special token has none unless `special`."""
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the token ends a generation."""
+
+
+class Tokenizer(Vocabulary, Protocol):
+    """Text <-> tokens; thread-safe."""
+
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`; `add_special` adds BOS and the like when the model wants them."""
+
+    def detokenize(self, tokens: Sequence[int], special: bool) -> str:
+        """Text of `tokens`; invalid bytes become U+FFFD."""
+
+
+class Runner(Protocol):
+    """A loaded model with its contexts."""
+
+    info: ModelInfo
+    tokenizer: Tokenizer
+
+    @property
+    def n_batch(self) -> int:
+        """Most tokens in a batch."""
+
+    @property
+    def n_ubatch(self) -> int:
+        """Most tokens computed at once."""
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens the whole cache holds."""
+
+    @property
+    def can_rollback(self) -> bool:
+        """Whether the cache can drop the last tokens of a slot."""
+
+    def run(self, batch: Batch) -> Samples:
+        """Compute a batch. Raises RunnerFailure."""
+
+    def reset(self) -> None:
+        """Rebuild the context after a failure: every slot is empty afterwards."""
+
+    def close(self) -> None:
+        """Free everything."""

@@ -1,0 +1,157 @@
+"""A job while the engine works on it: its tokens, its text, its clock, and when it ends.
+
+Mutable, engine thread only. `take` is the whole of llama-server's process_token: it turns a
+sampled token into text and decides whether generation goes on.
+"""
+
+from __future__ import annotations
+
+from wingman.engine.detokenizer import Detokenizer
+from wingman.engine.lifecycle import JobMove, JobState, advance
+from wingman.engine.runner import Vocabulary
+from wingman.engine.types import Finished, Job, StopType, TextDelta, Timings
+
+
+class Sequence:
+    """One job's progress. Positions and counts are in tokens, times in seconds of the engine's clock."""
+
+    def __init__(self, job: Job, queued_at: float) -> None:
+        self.job = job
+        self.state = JobState.QUEUED
+        self.queued_at = queued_at
+        self.started_at = 0.0
+        self.first_token_at = 0.0
+        self.last_token_at = 0.0
+        self.slot_id = -1
+        self.n_processed = 0
+        """Prompt tokens in the cache, the reused ones included."""
+        self.n_cached = 0
+        self.output: list[int] = []
+        self.next_token = -1
+        """Sampled, but not yet in the cache."""
+        self.stop_type = StopType.NONE
+        self.stopping_word = ""
+        self.truncated = False
+        self.has_new_line = False
+        self._detokenizer = Detokenizer(job.stop)
+        self._text: list[str] = []
+        self._line_indent: int | None = None
+
+    def move(self, what: JobMove) -> None:
+        """Advance the state by its table."""
+        self.state = advance(self.state, what)
+
+    def place(self, slot_id: int, n_cached: int, now: float) -> None:
+        """A slot was found; `n_cached` prompt tokens need no evaluation."""
+        self.move(JobMove.PLACE)
+        self.slot_id = slot_id
+        self.n_cached = self.n_processed = n_cached
+        self.started_at = now
+
+    @property
+    def n_prompt_left(self) -> int:
+        """Prompt tokens still to be evaluated."""
+        return len(self.job.prompt) - self.n_processed
+
+    def take(self, token: int, vocabulary: Vocabulary, n_ctx_left: int, now: float) -> TextDelta:
+        """Account for a sampled token; `stop_type` says afterwards whether this was the last.
+
+        `n_ctx_left` is how many more tokens the slot's context takes, or a huge number when it
+        shifts.
+        """
+        job = self.job
+        self.output.append(token)
+        self.next_token = token
+        if len(self.output) == 1:
+            self.first_token_at = now
+        self.last_token_at = now
+        is_eog = vocabulary.is_eog(token)
+        data = vocabulary.piece(token, token in job.preserved_tokens)
+        piece = self._detokenizer.push(data)
+        text = piece.text
+        if piece.stopping_word is not None:
+            self._stop(StopType.WORD)
+            self.stopping_word = piece.stopping_word
+        elif is_eog:
+            self._stop(StopType.EOS)
+        elif n_ctx_left <= 0:
+            self.truncated = True
+            self._stop(StopType.LIMIT)
+        elif 0 <= job.n_predict <= len(self.output):
+            self._stop(StopType.LIMIT)
+        text = self._cut_at_indent(text)
+        if "\n" in text:
+            self.has_new_line = True
+            elapsed_ms = (now - self.first_token_at) * 1000
+            if 0 < job.t_max_predict_ms < elapsed_ms:
+                self._stop(StopType.LIMIT)
+        if self.stop_type in (StopType.EOS, StopType.LIMIT):
+            text += self._detokenizer.finish()
+        if text:
+            self._text.append(text)
+        timings = self.timings() if job.timings_per_token else None
+        return TextDelta(job.id, text, (token,), len(self.output), timings)
+
+    def _stop(self, stop_type: StopType) -> None:
+        if self.stop_type is StopType.NONE:
+            self.stop_type = stop_type
+
+    def _cut_at_indent(self, text: str) -> str:
+        """End at the first line that is indented by less than n_indent; keep its blanks, not its text."""
+        if self.job.n_indent <= 0:
+            return text
+        for position, char in enumerate(text):
+            if char == "\n":
+                self._line_indent = 0
+            elif self._line_indent is not None:
+                if char in " \t":
+                    self._line_indent += 1
+                elif self._line_indent < self.job.n_indent:
+                    self._stop(StopType.LIMIT)
+                    self._detokenizer.finish()
+                    return text[:position]
+                else:
+                    self._line_indent = None
+        return text
+
+    def end_now(self, truncated: bool = False) -> str:
+        """End at a limit that is not the token's own; returns the text that was still held back."""
+        self._stop(StopType.LIMIT)
+        self.truncated = self.truncated or truncated
+        text = self._detokenizer.finish()
+        if text:
+            self._text.append(text)
+        return text
+
+    def timings(self) -> Timings:
+        """Durations so far; the prompt's end is the first token's time."""
+        prompt_s = (self.first_token_at or self.last_token_at or self.started_at) - self.started_at
+        predicted_s = self.last_token_at - self.first_token_at if self.output else 0.0
+        if self.output:  # as llama-server: the first token may land in the same microsecond
+            predicted_s = max(predicted_s, 1e-6)
+        return Timings(
+            cache_n=self.n_cached,
+            prompt_n=self.n_processed - self.n_cached,
+            prompt_ms=prompt_s * 1000,
+            predicted_n=len(self.output),
+            predicted_ms=predicted_s * 1000,
+        )
+
+    def finished(self, n_held: int) -> Finished:
+        """The job's last event; `n_held` tokens stay in its slot."""
+        return Finished(
+            job_id=self.job.id,
+            slot_id=self.slot_id,
+            text="".join(self._text),
+            tokens=tuple(self.output),
+            n_prompt=len(self.job.prompt),
+            n_held=n_held,
+            stop_type=self.stop_type,
+            stopping_word=self.stopping_word,
+            truncated=self.truncated,
+            has_new_line=self.has_new_line,
+            timings=self.timings(),
+        )
+
+    def __repr__(self) -> str:
+        return f"<Sequence job={self.job.id} {self.state.name} slot={self.slot_id} out={len(self.output)}>"

@@ -1,0 +1,250 @@
+"""What crosses the line between the event loop and the engine thread. All frozen, all plain data:
+the engine could as well live in another process.
+
+Loop to engine: Command. Engine to loop: StepOutput, at most one a step. The job id is the only
+key both sides share; events for an unknown id are dropped.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from wingman.config import SamplingParams
+
+
+class StopType(enum.Enum):
+    """Why a generation ended, in llama-server's words."""
+
+    NONE = "none"
+    EOS = "eos"
+    WORD = "word"
+    LIMIT = "limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt to be completed once. `prompt` is never empty; counts are in tokens."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    n_predict: int = -1
+    stop: tuple[str, ...] = ()
+    n_keep: int = 0
+    n_discard: int = 0
+    n_indent: int = 0
+    t_max_predict_ms: int = -1
+    cache_prompt: bool = True
+    id_slot: int = -1
+    stream: bool = False
+    """Deltas are posted while it runs; otherwise only its end is."""
+    return_progress: bool = False
+    timings_per_token: bool = False
+    preserved_tokens: frozenset[int] = frozenset()
+    """Special tokens whose text is part of the output."""
+
+
+# -- commands, loop to engine ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Queue a job."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Forget a job; it gets no further event. Unknown ids are ignored."""
+
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndAll:
+    """Finish every running job with what it has, and fail those still queued."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Free everything and end the thread."""
+
+
+Command = Submit | Cancel | EndAll | Shutdown
+
+
+# -- events, engine to loop -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Durations in milliseconds and counts in tokens; derived rates follow llama-server: the first
+    generated token is free, it comes from the prompt's last logits (server_slot_stats)."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+
+    def to_dict(self) -> dict[str, float]:
+        """The `timings` object of the API. Never NaN, never infinite."""
+        steps = max(self.predicted_n - 1, 0)
+        return {
+            "cache_n": self.cache_n,
+            "prompt_n": self.prompt_n,
+            "prompt_ms": self.prompt_ms,
+            "prompt_per_token_ms": self.prompt_ms / self.prompt_n if self.prompt_n else 0.0,
+            "prompt_per_second": 1e3 / self.prompt_ms * self.prompt_n if self.prompt_ms > 0 else 0.0,
+            "predicted_n": self.predicted_n,
+            "predicted_ms": self.predicted_ms,
+            "predicted_per_token_ms": self.predicted_ms / steps if steps else 0.0,
+            "predicted_per_second": 1e3 / self.predicted_ms * steps if self.predicted_ms > 0 else 0.0,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The job got a slot."""
+
+    job_id: int
+    slot_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Prompt evaluation, for jobs that asked: `processed` of `total` tokens, `cache` of them reused."""
+
+    job_id: int
+    total: int
+    cache: int
+    processed: int
+    time_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text; may be empty when a token's text is held back. `n_decoded` counts tokens so far."""
+
+    job_id: int
+    text: str
+    tokens: tuple[int, ...]
+    n_decoded: int
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The job's end. `text` and `tokens` are the whole output, whatever was streamed before."""
+
+    job_id: int
+    slot_id: int
+    text: str
+    tokens: tuple[int, ...]
+    n_prompt: int
+    n_held: int
+    """Tokens now held in the slot: prompt and output, without the last one sampled."""
+    stop_type: StopType
+    stopping_word: str
+    truncated: bool
+    has_new_line: bool
+    timings: Timings
+
+
+class FailureKind(enum.Enum):
+    """What a Failed job died of; turned into an error by `client`."""
+
+    ENGINE = enum.auto()
+    INVALID = enum.auto()
+    UNAVAILABLE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job ended without a result; `message` is fit for the client."""
+
+    job_id: int
+    kind: FailureKind
+    message: str
+
+
+JobEvent = Started | Progress | TextDelta | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """One slot at the end of a step, for monitoring; the numbers are of its current or last job."""
+
+    id: int
+    job_id: int | None
+    is_busy: bool
+    n_prompt: int = 0
+    n_processed: int = 0
+    n_cached: int = 0
+    n_decoded: int = 0
+    n_held: int = 0
+    has_new_line: bool = False
+    stop_type: StopType = StopType.NONE
+    stopping_word: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramView:
+    """Counts per bucket under the bounds of `wingman.engine.stats`, +Inf last, and the sum in seconds."""
+
+    counts: tuple[int, ...]
+    sum_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The engine at the end of a step. Counters only grow; times are of `time.monotonic`."""
+
+    slots: tuple[SlotView, ...] = ()
+    n_waiting: int = 0
+    n_steps: int = 0
+    n_busy_slots_total: int = 0
+    prompt_tokens_total: int = 0
+    prompt_tokens_cached_total: int = 0
+    prompt_seconds_total: float = 0.0
+    predicted_tokens_total: int = 0
+    predicted_seconds_total: float = 0.0
+    n_tokens_max: int = 0
+    first_token: HistogramView | None = None
+    token_gap: HistogramView | None = None
+    queue_wait: HistogramView | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Everything a step has to say to the loop: one wake-up."""
+
+    events: tuple[JobEvent, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the loop may know of a loaded model; sizes are in bytes, counts in tokens."""
+
+    path: str
+    description: str
+    n_vocab: int
+    n_ctx_train: int
+    n_ctx_slot: int
+    n_embd: int
+    n_params: int
+    size_bytes: int
+    ftype: str
+    vocab_type: int
+    n_slots: int
+    bos_token: str
+    eos_token: str
+    adds_bos: bool
+    chat_template: str | None
+    build: str
+    system_info: str
+    can_shift: bool
+    eog_tokens: tuple[int, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)

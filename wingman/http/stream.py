@@ -1,0 +1,185 @@
+"""A byte stream with time-outs, back-pressure and an instant notice of disconnect.
+
+`ByteStream` is what a connection needs of a socket; tests give it a fake. `SocketStream`
+is an asyncio Protocol of our own rather than a StreamReader pair: the end of file must reach
+a running handler within the same loop turn, also while nobody reads. All on the loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Protocol, cast
+
+READ_LIMIT_BYTES = 64 * 1024
+
+
+class WriteTimeout(Exception):
+    """The peer took nothing for the whole write time-out."""
+
+
+class ByteStream(Protocol):
+    """An ordered stream of bytes to and from one peer."""
+
+    peer: str
+
+    async def read(self) -> bytes:
+        """Bytes that arrived, at least one; b"" once the peer has closed or is lost."""
+
+    def push(self, data: bytes) -> None:
+        """Hand bytes to the transport without waiting; lost if the peer is gone."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until the peer has taken enough to go on. Raises WriteTimeout, or
+        ConnectionResetError when the peer is gone."""
+
+    def watch_disconnect(self, callback: Callable[[], None] | None) -> None:
+        """Call `callback` once, as soon as the peer closes its side or is lost; None stops watching."""
+
+    @property
+    def is_disconnected(self) -> bool:
+        """Whether the peer has closed its sending side or is lost."""
+
+    def push_eof(self) -> None:
+        """Close our sending side after what is buffered; reading goes on."""
+
+    async def aclose(self) -> None:
+        """Send what is buffered, then close. Never raises."""
+
+    def abort(self) -> None:
+        """Close at once and drop what is buffered."""
+
+
+class SocketStream(asyncio.Protocol):
+    """ByteStream over an asyncio transport; made by a listener for each accepted socket."""
+
+    def __init__(self, on_connect: Callable[[SocketStream], None]) -> None:
+        self._on_connect = on_connect
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._eof = False
+        self._lost = False
+        self._read_paused = False
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._closed = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        self._on_disconnect: Callable[[], None] | None = None
+        self.peer = ""
+
+    # -- asyncio.Protocol, called by the transport ------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102
+        self._transport = cast("asyncio.Transport", transport)
+        self.peer = _peer_name(self._transport)
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            with contextlib.suppress(OSError):  # each event of a stream leaves at once
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._on_connect(self)
+
+    def data_received(self, data: bytes) -> None:  # noqa: D102
+        self._buffer += data
+        if len(self._buffer) >= READ_LIMIT_BYTES and not self._read_paused:
+            self._read_paused = True
+            self._open_transport().pause_reading()
+        self._wake_reader()
+
+    def eof_received(self) -> bool:  # noqa: D102
+        self._eof = True
+        self._wake_reader()
+        self._notice_disconnect()
+        return True  # keep our side open: a broken request may still get its answer
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
+        self._eof = self._lost = True
+        self._writable.set()
+        self._closed.set()
+        self._wake_reader()
+        self._notice_disconnect()
+
+    def pause_writing(self) -> None:  # noqa: D102
+        self._writable.clear()
+
+    def resume_writing(self) -> None:  # noqa: D102
+        self._writable.set()
+
+    # -- ByteStream, called by the connection -----------------------------------------------
+
+    async def read(self) -> bytes:  # noqa: D102
+        while not self._buffer and not self._eof:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        if self._read_paused and not self._lost:
+            self._read_paused = False
+            self._open_transport().resume_reading()
+        return data
+
+    def push(self, data: bytes) -> None:  # noqa: D102
+        if not self._lost:
+            self._open_transport().write(data)
+
+    async def drain(self, timeout_s: float) -> None:  # noqa: D102
+        if not self._writable.is_set():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._writable.wait()
+            except TimeoutError:
+                raise WriteTimeout(f"the peer took nothing for {timeout_s} s") from None
+        if self._lost:
+            raise ConnectionResetError("the peer is gone")
+
+    def watch_disconnect(self, callback: Callable[[], None] | None) -> None:  # noqa: D102
+        self._on_disconnect = callback
+        if callback is not None and self._eof:
+            self._notice_disconnect()
+
+    @property
+    def is_disconnected(self) -> bool:  # noqa: D102
+        return self._eof
+
+    def push_eof(self) -> None:  # noqa: D102
+        if not self._lost and self._open_transport().can_write_eof():
+            with contextlib.suppress(OSError, RuntimeError):
+                self._open_transport().write_eof()
+
+    async def aclose(self) -> None:  # noqa: D102
+        if not self._lost:
+            self._open_transport().close()
+        await self._closed.wait()
+
+    def close_soon(self) -> None:
+        """Send what is buffered, then close, without waiting for it."""
+        if not self._lost:
+            self._open_transport().close()
+
+    def abort(self) -> None:  # noqa: D102
+        if not self._lost:
+            self._open_transport().abort()
+
+    def _open_transport(self) -> asyncio.Transport:
+        assert self._transport is not None, "used before connection_made"
+        return self._transport
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _notice_disconnect(self) -> None:
+        callback, self._on_disconnect = self._on_disconnect, None
+        if callback is not None:
+            callback()
+
+
+def _peer_name(transport: asyncio.Transport) -> str:
+    name = transport.get_extra_info("peername")
+    if isinstance(name, tuple):
+        return f"[{name[0]}]:{name[1]}" if ":" in str(name[0]) else f"{name[0]}:{name[1]}"
+    return "unix"

@@ -1,0 +1,77 @@
+"""Log set-up: records go through a bounded queue to one writer thread, so the loop never waits for
+a terminal or a disk. When the queue is full, records are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sys
+import time
+from logging.handlers import QueueHandler, QueueListener
+from typing import Any
+
+import orjson
+
+MAX_QUEUED_RECORDS = 10_000
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class _DroppingQueueHandler(QueueHandler):
+    n_dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        record.msg, record.args = record.getMessage(), None
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.n_dropped += 1
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, and what was passed as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without a line break."""
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        entry |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        if record.exc_text or record.exc_info:
+            entry["exception"] = record.exc_text or self.formatException(record.exc_info)  # type: ignore[arg-type]
+        return orjson.dumps(entry, default=str).decode()
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people. Control characters are escaped: a request can't forge log lines."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line with control characters of the message escaped."""
+        record.message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in record.message)
+        return super().formatMessage(record)
+
+
+def configure_logging(level: str, form: str) -> QueueListener:
+    """Send all records of `level` and above to standard error as "text" or "json"; the caller stops
+    the returned listener at exit, which writes what is queued."""
+    writer = logging.StreamHandler(sys.stderr)
+    writer.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_QUEUED_RECORDS)
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+    root.addHandler(_DroppingQueueHandler(records))
+    root.setLevel(level.upper())
+    listener = QueueListener(records, writer)
+    listener.start()
+    return listener

@@ -1,0 +1,1 @@
+"""Loop-side domain services: what is loaded, what is measured, where files come from."""
