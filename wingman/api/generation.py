@@ -23,6 +23,15 @@ _INT64_MAX: Final = 2**63 - 1
 _INF: Final = math.inf
 _FLOAT32_MAX: Final = 3.4028234663852886e38
 
+MAX_STOPS: Final = 256
+"""Stop strings of a request; every token is searched for all of them."""
+MAX_BREAKERS: Final = 16
+"""DRY sequence breakers; each is compared with the whole vocabulary, up to 30 ms at 49k tokens."""
+MAX_SAMPLERS: Final = 32
+"""Links of a sampler chain."""
+MAX_INFILL_TOP_K: Final = 1024
+"""The infill sampler compares candidates pairwise: a whole vocabulary takes seconds a token."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Range:
@@ -175,6 +184,7 @@ class JobMaker:
             changes["samplers"] = read_samplers(fields.samplers, defaults.samplers)
         if fields.dry_sequence_breakers is not None:
             changes["dry_sequence_breakers"] = _read_breakers(fields.dry_sequence_breakers)
+        _refuse_endless_infill(dataclasses.replace(defaults, **changes))
         ignore_eos = defaults.ignore_eos if fields.ignore_eos is None else fields.ignore_eos
         biases = list(defaults.logit_bias) if fields.logit_bias is None else self._biases(fields.logit_bias)
         if ignore_eos:
@@ -184,6 +194,8 @@ class JobMaker:
     def _biases(self, raw: Any) -> list[tuple[int, float]]:
         """`logit_bias` as pairs or as an object; malformed entries are skipped, as llama-server does."""
         pairs = raw.items() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
+        if len(pairs) > self.info.n_vocab:
+            raise InvalidRequest("Field 'logit_bias': has more entries than the vocabulary", "logit_bias")
         biases: list[tuple[int, float]] = []
         for pair in pairs:
             if isinstance(pair, list | tuple) and len(pair) == 2:
@@ -220,11 +232,27 @@ def _read_bias(value: Any) -> float | None:
 def _read_breakers(breakers: list[str]) -> tuple[str, ...]:
     if not breakers:
         raise InvalidRequest("Field 'dry_sequence_breakers': must not be empty", "dry_sequence_breakers")
+    if len(breakers) > MAX_BREAKERS:
+        raise InvalidRequest(
+            f"Field 'dry_sequence_breakers': at most {MAX_BREAKERS} are taken", "dry_sequence_breakers"
+        )
     return tuple(breaker.replace("\x00", "") for breaker in breakers)
+
+
+def _refuse_endless_infill(params: SamplingParams) -> None:
+    if "infill" not in params.samplers:
+        return
+    before = params.samplers[: params.samplers.index("infill")]
+    if "top_k" not in before or not 0 < params.top_k <= MAX_INFILL_TOP_K:
+        raise InvalidRequest(
+            f"Field 'samplers': infill needs top_k before it, with at most {MAX_INFILL_TOP_K}", "samplers"
+        )
 
 
 def read_samplers(raw: Any, default: tuple[str, ...]) -> tuple[str, ...]:
     """`samplers` as a list of names or a string of letters; other types leave the default."""
+    if isinstance(raw, str | list) and len(raw) > MAX_SAMPLERS:
+        raise InvalidRequest(f"Field 'samplers': at most {MAX_SAMPLERS} are taken", "samplers")
     if isinstance(raw, str):
         return samplers_from_letters(raw)
     if isinstance(raw, list):
@@ -238,6 +266,8 @@ def read_stop(raw: Any) -> tuple[str, ...]:
         raw = [raw]
     if not isinstance(raw, list):
         return ()
+    if len(raw) > MAX_STOPS:
+        raise InvalidRequest(f"Field 'stop': at most {MAX_STOPS} are taken", "stop")
     words = []
     for index, word in enumerate(raw):
         if word is None:

@@ -84,7 +84,7 @@ def get_props(served: ServedModel, _: Request) -> Response:
         "user_name": "",
         "assistant_name": "",
         "default_generation_settings": settings
-        | {"params": settings, "n_ctx": info.n_ctx_slot, "seed": -1 if settings["seed"] == RANDOM_SEED else settings["seed"]},
+        | {"params": settings, "n_ctx": info.n_ctx_slot, "seed": _shown_seed(settings["seed"])},
         "total_slots": info.n_slots,
         "model_alias": served.name,
         "model_path": info.path,
@@ -102,6 +102,11 @@ def get_props(served: ServedModel, _: Request) -> Response:
         "is_sleeping": False,
     }  # fmt: skip
     return Response(200, orjson.dumps(body))
+
+
+def _shown_seed(seed: int) -> int:
+    """The original Wingman shows -1 for a random seed."""
+    return -1 if seed == RANDOM_SEED else seed
 
 
 def _default_job(served: ServedModel) -> Job:

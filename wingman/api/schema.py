@@ -155,14 +155,14 @@ def parse_json(body: bytes, kind: type[S]) -> S:
 
 _AT: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 _NULL: Final = re.compile(r" \| null`")
-_NUMBER: Final = "`int | float | bool`"
+_NUMBER: Final = re.compile(r"`bool \| int \| float`|`int \| float \| bool`")
 
 
 def _field_error(text: str) -> InvalidRequest:
     """msgspec's message in the words of this API."""
     match = _AT.match(text)
     assert match is not None
-    what = _NULL.sub("`", match["what"]).replace(_NUMBER, "a number").replace("`", "")
+    what = _NUMBER.sub("a number", _NULL.sub("`", match["what"])).replace("`", "")
     what = what[:1].lower() + what[1:]
     path = match["path"]
     return InvalidRequest(f"Field '{path}': {what}", path) if path else InvalidRequest(what)

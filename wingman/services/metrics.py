@@ -13,7 +13,7 @@ from typing import Final
 
 import psutil
 from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -45,7 +45,8 @@ class EngineCollector(Collector):
 
     def exposition(self) -> bytes:
         """The text of a scrape; it resets the averages, as llama-server's does."""
-        return generate_latest(self._registry)
+        text = generate_latest(self._registry)
+        return text.replace(b"n_tokens_max_total", b"n_tokens_max")  # a counter by llama-server's word only
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: `collect` is not called at registration."""
@@ -102,10 +103,7 @@ def _counters(snapshot: Snapshot) -> Iterable[Metric]:
         ("spec_decode_num_accepted_tokens_total", "Draft tokens accepted.", 0),
         ("spec_decode_num_drafts_total", "Drafts made.", 0),
     ):
-        metric = Metric(f"llamacpp:{name}", text, "counter")
-        metric.name = f"llamacpp:{name}"  # llama-server has no _total twin; keep its exact names
-        metric.add_sample(metric.name, {}, float(value))
-        yield metric
+        yield CounterMetricFamily(f"llamacpp:{name}", text, value)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
