@@ -265,8 +265,8 @@ def _find(
         if not isinstance(from_file, bool):
             raise ConfigurationError(f"{record.name} must be true or false")
         return from_file
-    items = from_file if isinstance(from_file, list) else [from_file]
-    return _parse_all([str(item) for item in items], option, record.name)
+    items = [str(item) for item in from_file] if isinstance(from_file, list) else [str(from_file)]
+    return _parse_all(items if option.is_repeatable else [",".join(items)], option, record.name)
 
 
 def _parse_env(text: str, option: Option, name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def run(pieces: list[bytes], stop: tuple[str, ...]) -> tuple[list[str], str | No
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,10 @@ def test_any_split_gives_the_same_text(data: bytes, cuts: list[int], stop: tuple
         assert whole.startswith(sent + word)
 
 
-@given(st.text(alphabet="abc", max_size=60), st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1))
+@given(
+    st.text(alphabet="abc", max_size=60),
+    st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1),
+)
 def test_no_part_of_a_stop_string_leaks(text: str, stop: list[str]) -> None:
     texts, word = run([char.encode() for char in text], tuple(stop))
     sent = "".join(texts)

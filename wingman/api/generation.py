@@ -104,15 +104,14 @@ def refuse_unsupported(fields: GenerationFields) -> None:
         "response_format": _response_format(fields) != "text",
         "n_probs": fields.n_probs is not None and fields.n_probs > 0,
         "logprobs": bool(fields.logprobs),
-        "n": (fields.n_cmpl or fields.n or 1) > 1,
     }
     for field, is_wanted in wanted.items():
         if is_wanted:
             raise NotSupported(f"'{field}' is not supported yet")
     for field in ("n", "n_cmpl"):
         value = getattr(fields, field)
-        if value is not None:
-            read_number(value, field, _Range(int, 1, 1))
+        if value is not None and read_number(value, field, _Range(int, 1, _INT32_MAX)) > 1:
+            raise NotSupported(f"'{field}' above 1 is not supported yet")
 
 
 def _response_format(fields: GenerationFields) -> str:

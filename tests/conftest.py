@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: the real model, fetched once, and real servers around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import ServerProcess
+from wingman.services.starter import fetch_starter
+
+
+@pytest.fixture(scope="session")
+def starter_model() -> Path:
+    """SmolLM2-135M-Instruct, got the way `wingman serve --starter` gets it."""
+    return fetch_starter(Path.home() / ".cache" / "wingman-tests" / "models")
+
+
+@pytest.fixture(scope="session")
+def server(starter_model: Path) -> Iterator[ServerProcess]:
+    """A server on the real model with eight slots, shared by tests that leave it as it was."""
+    arguments = ["--model", str(starter_model), "--alias", "smol", "-c", "8192", "-np", "8", "--metrics"]
+    with ServerProcess(arguments) as process:
+        yield process
+
+
+@pytest.fixture
+def start_server(starter_model: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Start servers of one's own; they end with the test."""
+    running: list[ServerProcess] = []
+
+    def start(
+        *arguments: str, model: Path | None = None, environment: dict[str, str] | None = None
+    ) -> ServerProcess:
+        process = ServerProcess(["--model", str(model or starter_model), *arguments], environment)
+        running.append(process)
+        return process.__enter__()
+
+    yield start
+    for process in running:
+        process.__exit__(None, None, None)

@@ -1,0 +1,143 @@
+"""Bad input of every kind gets a JSON error that names the field; the server lives on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.server import ServerProcess
+from wingman.api.schema import ChatRequest, CompletionRequest
+
+PATHS = ("/completion", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+WRONG: dict[str, Any] = {"object": {"a": 1}, "string": "x", "array": [["x"]], "number": 1.5, "bool": True}
+
+
+def check_error(status: int, body: dict[str, Any]) -> None:
+    error = body["error"]
+    assert status in (400, 501), body
+    assert error["code"] == status
+    assert error["message"]
+    assert error["type"] in ("invalid_request_error", "not_supported_error")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"null", b"5", b'"x"', b"[]", b"\xff\xfe", b'{"a":1}}', b"\x00" * 100, b'{"prompt":"\\ud800"}',
+     b"[" * 5000, b'{"a":' * 5000, b"x" * 10_000_000],
+    ids=["empty", "open", "null", "number", "string", "array", "utf16", "extra", "nul", "surrogate", "deep",
+         "deepobj", "10MB"],
+)  # fmt: skip
+def test_garbage(server: ServerProcess, path: str, body: bytes) -> None:
+    response = server.client.post(path, content=body)
+    check_error(response.status_code, response.json())
+
+
+def test_ten_megabytes_of_valid_json(server: ServerProcess) -> None:
+    huge = server.client.post("/completion", content=json.dumps({"prompt": "word " * 2_000_000}))
+    assert huge.status_code == 400
+    assert huge.json()["error"]["type"] == "exceed_context_size_error"
+    padded = {"prompt": "Hello", "n_predict": 1, "padding": "x" * 10_000_000}
+    assert server.post("/completion", padded).status_code == 200
+
+
+def test_a_body_over_the_limit_is_a_413(server: ServerProcess) -> None:
+    response = server.client.post("/completion", content=b"x" * (33 * 1024 * 1024))
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == 413
+
+
+@pytest.mark.parametrize("kind", sorted(WRONG))
+@pytest.mark.parametrize(
+    ("path", "schema"), [("/completion", CompletionRequest), ("/v1/chat/completions", ChatRequest)]
+)
+def test_every_field_with_a_wrong_type(server: ServerProcess, path: str, schema: type, kind: str) -> None:
+    good = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}
+    for field in schema.__struct_fields__:
+        response = server.post(path, good | {"n_predict": 1} | {field: WRONG[kind]})
+        if response.status_code != 200:
+            body = response.json()
+            check_error(response.status_code, body)
+            assert field in body["error"]["message"], body
+    assert server.complete("Still there", n_predict=1)["tokens_predicted"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"n_predict": -2}, "n_predict"), ({"n_discard": -1}, "n_discard"), ({"n_keep": -2}, "n_keep"),
+        ({"repeat_last_n": -2}, "repeat_last_n"), ({"repeat_penalty": 0}, "repeat_penalty"),
+        ({"adaptive_decay": 1}, "adaptive_decay"), ({"min_keep": -1}, "min_keep"), ({"n_cmpl": 0}, "n_cmpl"),
+        ({"dry_sequence_breakers": []}, "dry_sequence_breakers"), ({"id_slot": 8}, "id_slot"),
+        ({"stop": [1]}, "stop"), ({"sse_ping_interval": -2, "stream": True}, "sse_ping_interval"),
+        ({"samplers": ["infill"]}, "samplers"), ({"t_max_predict_ms": -5}, "t_max_predict_ms"),
+        ({"prompt": []}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": 7}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": ""}, "prompt"),
+        ({"prompt": [True, "x"]}, "prompt"), ({"response_format": {"type": "yaml"}}, "response_format"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range(server: ServerProcess, fields: dict[str, Any], field: str) -> None:
+    response = server.post("/completion", {"prompt": "Hi", "n_predict": 1} | fields)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"].startswith(field)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_k": -1}, {"top_p": 7}, {"temperature": -3}, {"mirostat": 9}, {"temperature": True}, {"seed": 2**40},
+     {"seed": -1}, {"stop": 5}, {"logit_bias": "x"}, {"logit_bias": [["x"], [1], [10**9, 2], [1, "a"]]},
+     {"id_slot": "1"}, {"lora": []}, {"repeat_last_n": -1}, {"dry_multiplier": 1, "dry_penalty_last_n": -1},
+     {"samplers": ["nonsense"]}, {"typical_p": 0}, {"n_probs": 0}, {"top_n_sigma": 1e30}, {"dynatemp_range": 3}],
+)  # fmt: skip
+def test_odd_values_that_are_served(server: ServerProcess, fields: dict[str, Any]) -> None:
+    response = server.post("/completion", {"prompt": "Hi", "n_predict": 2} | fields)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"grammar": 'root ::= "a"'}, {"json_schema": {}}, {"response_format": {"type": "json_object"}}, {"n_probs": 3},
+     {"logprobs": True}, {"n": 2}, {"n_cmpl": 2}, {"prompt": ["a", "b"]}, {"tools": [{"type": "function"}]},
+     {"functions": [{}]}, {"suffix": "x"}],
+)  # fmt: skip
+def test_what_is_not_there_yet_says_so(server: ServerProcess, fields: dict[str, Any]) -> None:
+    is_chat = "tools" in fields or "functions" in fields
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    response = server.post(path, {"prompt": "Hi", "messages": [{"role": "user", "content": "x"}]} | fields)
+    assert response.status_code == 501
+    assert response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [(None, "messages"), (5, "messages"), (["x"], "messages"), ([{"role": "user"}], "messages[0].content"),
+     ([{"content": "x"}], "messages[0].role"), ([{"role": 5, "content": "x"}], "messages[0].role"),
+     ([{"role": "user", "content": 5}], "messages[0].content"),
+     ([{"role": "user", "content": [5]}], "messages[0].content[0]"),
+     ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+     ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
+     ([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}], "messages")],
+)  # fmt: skip
+def test_broken_messages(server: ServerProcess, messages: Any, field: str) -> None:
+    response = server.post("/v1/chat/completions", {"messages": messages})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == field
+
+
+def test_unknown_paths_and_methods(server: ServerProcess) -> None:
+    for method, path in (
+        ("GET", "/nope"),
+        ("GET", "/completion"),
+        ("POST", "/health"),
+        ("GET", "/v1/models/"),
+    ):
+        response = server.client.request(method, path)
+        assert response.status_code == 404
+        assert response.json()["error"] == {
+            "code": 404,
+            "message": "File Not Found",
+            "type": "not_found_error",
+        }
+    assert server.client.head("/health").status_code == 200
