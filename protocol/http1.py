@@ -34,7 +34,6 @@ from protocol.events import (
 from protocol.headers import Headers
 
 _REASONS: Final = {status.value: status.phrase.encode("ascii") for status in http.HTTPStatus}
-_MAX_LENGTH_DIGITS: Final = 20  # more than any 64-bit size
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,7 @@ class Http1Connection:
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=self.limits.max_head_bytes)
         self._body_bytes = 0
         self._paused_bytes = 0
+        self._n_buffered = 0
         self._method = ""
 
     def receive_data(self, data: bytes) -> None:
@@ -78,10 +78,15 @@ class Http1Connection:
         413 for a body and 431 for a head over its limit.
         """
         while True:
+            self._n_buffered = self._count_buffered()
             try:
                 event = self._h11.next_event()
             except h11.RemoteProtocolError as error:
-                raise RemoteProtocolError(str(error), error.error_status_hint) from None
+                status = error.error_status_hint
+                message = (
+                    "the request head is too large" if status == 431 else "the request is not valid HTTP/1.1"
+                )
+                raise RemoteProtocolError(message, status) from error
             if event is h11.NEED_DATA:
                 return NEED_DATA
             if event is h11.PAUSED:
@@ -89,6 +94,10 @@ class Http1Connection:
             translated = self._translate(event)
             if translated is not None:
                 return translated
+
+    def _count_buffered(self) -> int:
+        """Bytes received and not yet parsed, counted only before a request head (the count copies)."""
+        return len(self._h11.trailing_data[0]) if self._h11.their_state in (h11.IDLE, h11.SEND_BODY) else 0
 
     def _translate(self, event: Any) -> Event | None:
         if isinstance(event, h11.Request):
@@ -104,13 +113,14 @@ class Http1Connection:
         return ConnectionClosed()
 
     def _request_head(self, request: h11.Request) -> RequestHead:
-        headers = Headers(request.headers)
-        size = len(request.method) + len(request.target) + sum(len(n) + len(v) + 4 for n, v in headers)
-        if size > self.limits.max_head_bytes:
-            raise RemoteProtocolError("the request head is too large", 431)
         self._method = request.method.decode("ascii")
         self._body_bytes = 0
+        if self._n_buffered - self._count_buffered() > self.limits.max_head_bytes:
+            raise RemoteProtocolError("the request head is too large", 431)
+        if request.http_version not in (b"1.0", b"1.1"):
+            raise RemoteProtocolError("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
         version = cast("Literal['1.0', '1.1']", request.http_version.decode("ascii"))
+        headers = Headers(request.headers)
         length = self._content_length(headers, version)
         return RequestHead(self._method, request.target, headers, version, length)
 
@@ -118,8 +128,6 @@ class Http1Connection:
         """Declared body size; refuses what two parsers could read in two ways (RFC 9112, 6.1)."""
         declared = headers.get(b"content-length")
         if headers.get(b"transfer-encoding") is None:
-            if declared is not None and len(declared) > _MAX_LENGTH_DIGITS:
-                raise RemoteProtocolError(self._body_message(), 413)
             length = int(declared) if declared is not None else 0
             if length > self.limits.max_body_bytes:
                 raise RemoteProtocolError(self._body_message(), 413)
@@ -160,6 +168,16 @@ class Http1Connection:
             )
         except h11.LocalProtocolError as error:
             raise LocalProtocolError(str(error)) from None
+
+    @property
+    def has_partial_head(self) -> bool:
+        """Whether some bytes of the next request have arrived."""
+        return self._h11.their_state is h11.IDLE and bool(self._h11.trailing_data[0])
+
+    @property
+    def is_request_complete(self) -> bool:
+        """Whether nothing of the current request is outstanding; else the connection can't be reused."""
+        return self._h11.their_state is h11.DONE
 
     @property
     def wants_continue(self) -> bool:

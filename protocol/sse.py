@@ -20,7 +20,10 @@ def encode_event(data: bytes, event: str | None = None) -> bytes:
     if event is not None:
         if "\n" in event or "\r" in event:
             raise LocalProtocolError("an event name can't hold a line break")
-        head = b"event: " + event.encode() + b"\n"
+        try:
+            head = b"event: " + event.encode() + b"\n"
+        except UnicodeEncodeError:
+            raise LocalProtocolError("an event name must be valid Unicode") from None
     lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     return head + b"".join(b"data: " + line + b"\n" for line in lines) + b"\n"
 
@@ -74,16 +77,21 @@ class SseParser:
             self._skip_lf = byte == 0x0D
             self._line += data[start:index]
             start = index + 1
+            self._check_size()
             event = self._end_line()
             if event is not None:
                 events.append(event)
         self._line += data[start:]
+        self._check_size()
+        return events
+
+    def _check_size(self) -> None:
         if len(self._line) + self._data_bytes > self._max_event_bytes:
             raise RemoteProtocolError("an event of the stream is too large")
-        return events
 
     def _end_line(self) -> SseEvent | None:
         line = self._line.decode("utf-8", "replace")
+        n_bytes = len(self._line)
         self._line.clear()
         if self._at_start:
             self._at_start = False
@@ -94,7 +102,7 @@ class SseParser:
         value = value.removeprefix(" ")
         if name == "data":
             self._data.append(value)
-            self._data_bytes += len(value) + 1
+            self._data_bytes += n_bytes
         elif name == "event":
             self._event = value
         elif name == "id" and "\x00" not in value:
