@@ -46,7 +46,9 @@ async def chat(served: ServedModel, request: Request) -> Answer:
     """Answer a conversation, streamed or not."""
     fields = await parse_body(request.body, ChatRequest)
     _check(fields)
-    prepared = await served.engine.work(_render, served, fields, served.engine.new_job_id())
+    prepared = await served.engine.work(
+        len(request.body), _render, served, fields, served.engine.new_job_id()
+    )
     naming = naming_of(served)
     stream = served.engine.submit(prepared.job)
     if prepared.job.stream:

@@ -86,7 +86,7 @@ async def _prepare(served: ServedModel, request: Request) -> _Completion:
         raise NotSupported("'best_of' is not supported")
     if fields.prompt is None:
         raise InvalidRequest("Field 'prompt': is required", "prompt")
-    return await served.engine.work(_tokenize, served, fields, served.engine.new_job_id())
+    return await served.engine.work(len(request.body), _tokenize, served, fields, served.engine.new_job_id())
 
 
 def _tokenize(served: ServedModel, fields: CompletionRequest, job_id: int) -> _Completion:

@@ -291,12 +291,7 @@ def read_prompt(raw: Any, tokenizer: Tokenizer, n_vocab: int) -> list[int]:
     A string gets BOS as the model wants; in a list of strings and ids only a leading string does.
     Raises InvalidRequest for anything else, NotSupported for several prompts.
     """
-    if isinstance(raw, dict):
-        if raw.get("multimodal_data"):
-            raise InvalidRequest("Field 'prompt': this model takes no multimodal data", "prompt")
-        raw = raw.get("prompt_string")
-    if isinstance(raw, list) and len(raw) == 1 and isinstance(raw[0], str | list | dict):
-        return read_prompt(raw[0], tokenizer, n_vocab)
+    raw = _unwrap_prompt(raw)
     if isinstance(raw, str):
         return tokenizer.tokenize(raw, add_special=True, parse_special=True)
     if not isinstance(raw, list) or not raw:
@@ -312,6 +307,19 @@ def read_prompt(raw: Any, tokenizer: Tokenizer, n_vocab: int) -> list[int]:
         else:
             raise InvalidRequest(f"Field 'prompt[{index}]': must be a string or a token id", "prompt")
     return tokens
+
+
+def _unwrap_prompt(raw: Any) -> Any:
+    """The prompt inside lists of one and objects with `prompt_string`; refuses multimodal data."""
+    while True:
+        if isinstance(raw, dict):
+            if raw.get("multimodal_data"):
+                raise InvalidRequest("Field 'prompt': this model takes no multimodal data", "prompt")
+            raw = raw.get("prompt_string")
+        elif isinstance(raw, list) and len(raw) == 1 and isinstance(raw[0], str | list | dict):
+            raw = raw[0]
+        else:
+            return raw
 
 
 def settings_of(job: Job, config: Config, model: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from wingman.services.residency import ServedModel
 async def tokenize(served: ServedModel, request: Request) -> Response:
     """Text, or a mix of texts and token ids, -> token ids, with their pieces if asked for."""
     fields = await parse_body(request.body, TokenizeRequest)
-    return Response(200, await served.engine.work(_tokenize, served, fields))
+    return Response(200, await served.engine.work(len(request.body), _tokenize, served, fields))
 
 
 def _tokenize(served: ServedModel, fields: TokenizeRequest) -> bytes:
@@ -45,7 +45,7 @@ def _with_piece(token: int, tokenizer: Tokenizer) -> dict[str, Any]:
 async def detokenize(served: ServedModel, request: Request) -> Response:
     """Token ids -> text, special tokens included."""
     fields = await parse_body(request.body, DetokenizeRequest)
-    return Response(200, await served.engine.work(_detokenize, served, fields))
+    return Response(200, await served.engine.work(len(request.body), _detokenize, served, fields))
 
 
 def _detokenize(served: ServedModel, fields: DetokenizeRequest) -> bytes:

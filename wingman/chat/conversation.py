@@ -60,6 +60,8 @@ def _read_part(part: Any, where: str) -> str:
     if not isinstance(part, Mapping):
         raise InvalidRequest(f"{where} must be an object", where)
     kind = part.get("type")
+    if not isinstance(kind, str):
+        raise InvalidRequest(f"{where}.type must be a string", f"{where}.type")
     if kind in _TEXT_PARTS:
         text = part.get("text")
         if not isinstance(text, str):
