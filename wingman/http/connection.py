@@ -10,7 +10,6 @@ can be used again. Runs on the loop thread.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -36,15 +35,13 @@ from protocol import (
     parse_target,
 )
 from wingman.http.messages import Answer, EventStream, Request, Response
-from wingman.http.stream import ByteStream, WriteTimeout
+from wingman.http.stream import ByteStream, WriteTimeout, close_gently
 
 log = logging.getLogger("wingman.http")
 access_log = logging.getLogger("wingman.access")
 
 CLIENT_GONE = 499
 """Logged status of a request whose client left before the answer was complete (nginx's number)."""
-LINGER_S = 2.0
-"""How long a refused upload is read and dropped, so that the peer sees the answer, not a reset."""
 _SSE_HEADERS = (
     ("content-type", "text/event-stream"),
     ("cache-control", "no-cache"),
@@ -120,7 +117,7 @@ class _Connection:
         except TimeoutError:
             if self._http.can_answer:
                 self._send_response(self._app.refuse(408, "the request did not arrive in time"))
-        await self._close()
+        await close_gently(self._stream)
 
     async def _serve_one(self) -> bool:
         """One request and its answer; whether the connection can carry another."""
@@ -152,12 +149,15 @@ class _Connection:
     async def _read_head(self) -> RequestHead | None:
         """The next request head; None when the peer closed or stayed idle for too long."""
         event = self._http.next_event()
-        if event is NEED_DATA:
+        if event is NEED_DATA and not self._http.has_partial_head:
+            self._stream.is_idle = True
             try:
                 async with asyncio.timeout(self._limits.idle_timeout_s):
                     await self._receive()
             except TimeoutError:
                 return None
+            finally:
+                self._stream.is_idle = False
         async with asyncio.timeout(self._limits.head_timeout_s):
             while event is NEED_DATA:
                 event = self._http.next_event()
@@ -238,7 +238,7 @@ class _Connection:
 
     def _send_head(self, status: int, headers: tuple[tuple[str, str], ...]) -> None:
         fields = [("date", formatdate(usegmt=True)), ("server", "wingman"), *headers]
-        if self._app.is_draining:
+        if self._app.is_draining or not self._http.is_request_complete:
             fields.append(("connection", "close"))
         raw = Headers((name.encode("ascii"), value.encode("latin-1", "replace")) for name, value in fields)
         self._push(self._http.send(ResponseHead(status, raw)))
@@ -246,15 +246,6 @@ class _Connection:
     def _push(self, data: bytes) -> None:
         self._sent_bytes += len(data)
         self._stream.push(data)
-
-    async def _close(self) -> None:
-        """Close so that the peer sees the last answer even if it was still sending (RFC 9112, 9.6)."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):
-                self._stream.push_eof()
-                while await self._stream.read():
-                    pass
-                await self._stream.aclose()
 
 
 class _Pinger:

@@ -29,12 +29,13 @@ class Router(Generic[E]):
 
     def add(self, method: str, pattern: str, endpoint: E) -> None:
         """Route `method` requests for `pattern`; raises ValueError when it is taken."""
-        if "{" in pattern:
-            self._patterns.append((method, tuple(pattern.split("/")), endpoint))
-            return
-        if (method, pattern) in self._exact:
+        segments = tuple(pattern.split("/"))
+        if (method, pattern) in self._exact or (method, segments) in (known[:2] for known in self._patterns):
             raise ValueError(f"{method} {pattern} is routed twice")
-        self._exact[method, pattern] = endpoint
+        if "{" in pattern:
+            self._patterns.append((method, segments, endpoint))
+        else:
+            self._exact[method, pattern] = endpoint
 
     def match(self, method: str, path: str) -> Match[E] | None:
         """The endpoint for a request, or None. HEAD is served by the GET endpoint."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from protocol import Headers, Http1Connection, ResponseHead
 from wingman.errors import ConfigurationError
 from wingman.http.connection import Application, ConnectionLimits, serve_connection
-from wingman.http.stream import SocketStream
+from wingman.http.stream import SocketStream, close_gently
 
 log = logging.getLogger("wingman.http")
 
@@ -24,6 +24,8 @@ BACKLOG = 512
 """Connections the kernel queues while the loop is busy."""
 
 _BUSY_HEADERS = Headers([(b"connection", b"close"), (b"content-length", b"0"), (b"retry-after", b"1")])
+MAX_TURNED_AWAY = 64
+"""Connections over the limit that are closed with care at once; the rest may see a reset."""
 
 
 class Server:
@@ -35,7 +37,7 @@ class Server:
         self._max_connections = max_connections
         self._listeners: list[asyncio.AbstractServer] = []
         self._unix_paths: list[Path] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], SocketStream] = {}
         self.addresses: list[str] = []
         """Where it listens: "host:port" or the path of a Unix socket."""
 
@@ -79,11 +81,15 @@ class Server:
         if len(self._tasks) >= self._max_connections:
             log.warning("refused a connection from %s: --max-connections reached", stream.peer)
             stream.push(Http1Connection().send(ResponseHead(503, _BUSY_HEADERS)))
-            stream.close_soon()
-            return
-        task = asyncio.get_running_loop().create_task(serve_connection(stream, self._app, self._limits))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            if len(self._tasks) >= self._max_connections + MAX_TURNED_AWAY:
+                stream.close_soon()
+                return
+            work = _turn_away(stream)
+        else:
+            work = serve_connection(stream, self._app, self._limits)
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = stream
+        task.add_done_callback(self._tasks.pop)
 
     @property
     def n_connections(self) -> int:
@@ -91,9 +97,13 @@ class Server:
         return len(self._tasks)
 
     async def aclose(self, grace_s: float) -> None:
-        """Stop listening, give connections `grace_s` seconds to finish, then end them. Never raises."""
+        """Stop listening, close idle connections, give the others `grace_s` seconds to finish their
+        answers, then end them. Never raises."""
         for server in self._listeners:
             server.close()
+        for stream in self._tasks.values():
+            if stream.is_idle:
+                stream.close_soon()
         if self._tasks:
             await asyncio.wait(tuple(self._tasks), timeout=grace_s)
         for task in tuple(self._tasks):
@@ -103,6 +113,13 @@ class Server:
         for path in self._unix_paths:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+async def _turn_away(stream: SocketStream) -> None:
+    try:
+        await close_gently(stream)
+    finally:
+        stream.abort()
 
 
 def _remove_stale_socket(path: Path) -> None:

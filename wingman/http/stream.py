@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 READ_LIMIT_BYTES = 64 * 1024
+LINGER_S = 2.0
+"""How long a refused upload is read and dropped, so that the peer sees the answer, not a reset."""
 
 
 class WriteTimeout(Exception):
@@ -24,6 +26,8 @@ class ByteStream(Protocol):
     """An ordered stream of bytes to and from one peer."""
 
     peer: str
+    is_idle: bool
+    """Set by the connection while it waits for a request: such a stream may be closed at any time."""
 
     async def read(self) -> bytes:
         """Bytes that arrived, at least one; b"" once the peer has closed or is lost."""
@@ -68,6 +72,7 @@ class SocketStream(asyncio.Protocol):
         self._reader: asyncio.Future[None] | None = None
         self._on_disconnect: Callable[[], None] | None = None
         self.peer = ""
+        self.is_idle = False
 
     # -- asyncio.Protocol, called by the transport ------------------------------------------
 
@@ -127,12 +132,14 @@ class SocketStream(asyncio.Protocol):
             self._open_transport().write(data)
 
     async def drain(self, timeout_s: float) -> None:  # noqa: D102
-        if not self._writable.is_set():
+        while not self._writable.is_set():
+            n_before = self._open_transport().get_write_buffer_size()
             try:
                 async with asyncio.timeout(timeout_s):
                     await self._writable.wait()
             except TimeoutError:
-                raise WriteTimeout(f"the peer took nothing for {timeout_s} s") from None
+                if self._open_transport().get_write_buffer_size() >= n_before:
+                    raise WriteTimeout(f"the peer took nothing for {timeout_s} s") from None
         if self._lost:
             raise ConnectionResetError("the peer is gone")
 
@@ -176,6 +183,16 @@ class SocketStream(asyncio.Protocol):
         callback, self._on_disconnect = self._on_disconnect, None
         if callback is not None:
             callback()
+
+
+async def close_gently(stream: ByteStream) -> None:
+    """Close so that the peer sees the last answer even if it is still sending (RFC 9112, 9.6)."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            stream.push_eof()
+            while await stream.read():
+                pass
+            await stream.aclose()
 
 
 def _peer_name(transport: asyncio.Transport) -> str:
