@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigurationError, ModelLoadFailure) as error:
         print(f"wingman: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the server handles signals itself
+        return 130
 
 
 def _serve(config: Config, ignored: list[str]) -> int:
@@ -131,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve a model",
+        usage="wingman serve (--starter | --model FILE.gguf) [flags]",
         description="Serve a GGUF model through the OpenAI and llama.cpp APIs.",
         epilog="Every flag has a WINGMAN_<NAME> environment variable; the LLAMA_* names in brackets work too. "
         "A flag beats the environment, which beats the file of --config. Underscores equal dashes.",
@@ -159,6 +162,7 @@ def _add_flag(section: Any, record: dataclasses.Field[Any]) -> None:
     if option.is_switch:
         section.add_argument(*option.flags, action="store_true", **settings)
         negative = [f"--no-{flag[2:]}" for flag in option.flags if flag.startswith("--")]
+        negative += option.off_flags
         if record.default:
             settings["help"] = argparse.SUPPRESS if not negative else f"turn off {option.flags[-1]}"
         else:

@@ -52,6 +52,8 @@ class Option:
     choices: tuple[str, ...] | None
     is_switch: bool
     is_repeatable: bool
+    off_flags: tuple[str, ...]
+    """Short spellings that turn a switch off; `--no-...` always does."""
 
 
 def option(
@@ -63,12 +65,13 @@ def option(
     metavar: str = "",
     choices: tuple[str, ...] | None = None,
     repeatable: bool = False,
+    off_flags: tuple[str, ...] = (),
 ) -> T:
     """Declare a field with its flag spellings; `env` names LLAMA_* variables that also set it."""
     is_switch = isinstance(default, bool)
     names = (env,) if isinstance(env, str) else tuple(env)
     chosen = parse or (str if default is None or is_switch else type(default))
-    record = Option(flags, names, help, chosen, metavar, choices, is_switch, repeatable)
+    record = Option(flags, names, help, chosen, metavar, choices, is_switch, repeatable, off_flags)
     declared: Any = field(default=default, metadata={"option": record})
     return cast("T", declared)
 
@@ -167,9 +170,9 @@ class ContextConfig:
         help="type of the KV cache's keys")  # fmt: skip
     cache_type_v: str = option("f16", "-ctv", "--cache-type-v", env="LLAMA_ARG_CACHE_TYPE_V", choices=KV_TYPES,
         help="type of the KV cache's values")  # fmt: skip
-    kv_unified: bool = option(False, "-kvu", "--kv-unified", env="LLAMA_ARG_KV_UNIFIED",
+    kv_unified: bool = option(False, "-kvu", "--kv-unified", env="LLAMA_ARG_KV_UNIFIED", off_flags=("-no-kvu",),
         help="one KV buffer for all slots instead of a share for each")  # fmt: skip
-    kv_offload: bool = option(True, "-kvo", "--kv-offload", env="LLAMA_ARG_KV_OFFLOAD",
+    kv_offload: bool = option(True, "-kvo", "--kv-offload", env="LLAMA_ARG_KV_OFFLOAD", off_flags=("-nkvo",),
         help="keep the KV cache on the GPU")  # fmt: skip
     swa_full: bool = option(
         False, "--swa-full", env="LLAMA_ARG_SWA_FULL", help="full-size sliding-window cache"

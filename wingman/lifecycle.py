@@ -22,8 +22,8 @@ from wingman.services.residency import MakeRunner, ModelState, Residency, Served
 
 log = logging.getLogger("wingman")
 
-CLOSE_GRACE_S = 0.25
-"""How long finished answers get to leave before connections, idle ones included, are closed."""
+CLOSE_GRACE_S = 3.0
+"""How long finished answers get to leave before their connections are closed."""
 _KILLED = 130
 
 

@@ -131,6 +131,13 @@ def test_what_can_not_be_started_says_why(tmp_path: Path, starter_model: Path) -
         assert "Traceback" not in result.stderr
 
 
+def test_a_port_in_use_says_so(server: ServerProcess, starter_model: Path) -> None:
+    result = run_serve("--model", str(starter_model), "--port", server.url.rsplit(":", 1)[1])
+    assert result.returncode == 1
+    assert "can't listen on 127.0.0.1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_flags_of_llama_server_are_taken_and_named(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server(
         "--ctx_size", "1024", "-np", "2", "--no-warmup", "--cache-ram", "100", "-fa", "on", "--numa=x"

@@ -54,7 +54,9 @@ def model_info(n_slots: int, n_ctx_slot: int) -> ModelInfo:
 class ScriptedRunner:
     """Computes batches over lists of tokens. `fail_at` makes that step raise RunnerFailure."""
 
-    def __init__(self, n_slots: int = 2, n_ctx_slot: int = 64, n_ctx: int | None = None, n_batch: int = 16) -> None:
+    def __init__(
+        self, n_slots: int = 2, n_ctx_slot: int = 64, n_ctx: int | None = None, n_batch: int = 16
+    ) -> None:
         self.info = model_info(n_slots, n_ctx_slot)
         self.tokenizer = ScriptedVocabulary()
         self.cache: list[list[int]] = [[] for _ in range(n_slots)]

@@ -50,6 +50,8 @@ T = TypeVar("T")
 
 N_WORKERS = 2
 """Threads that tokenise and render; the calls release the GIL or are short."""
+BULK_BYTES = 64 * 1024
+"""Text work on more than this has a thread of its own: a huge prompt must not delay the small ones."""
 END_GRACE_S = 5.0
 """How long ended jobs get to be delivered before the engine is shut down regardless."""
 
@@ -70,6 +72,7 @@ class Engine:
         self._make_runner = make_runner or _make_llama_runner
         self._thread = EngineThread(self._new_runner, self._new_scheduler, self._post)
         self._executor = ThreadPoolExecutor(N_WORKERS, "wingman-text")
+        self._bulk_executor = ThreadPoolExecutor(1, "wingman-bulk")
         self._ids = itertools.count(1)
         self._streams: dict[int, JobStream] = {}
         self._last_jobs: dict[int, Job] = {}
@@ -112,7 +115,8 @@ class Engine:
     async def close(self) -> None:
         """Free the model. Jobs still there end with an error."""
         self._is_draining = self._is_closing = True
-        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+        for executor in (self._executor, self._bulk_executor):
+            await asyncio.to_thread(executor.shutdown, wait=True, cancel_futures=True)
         self._thread.send(Shutdown())
         if not await asyncio.to_thread(self._thread.join, END_GRACE_S):
             log.error("the engine thread does not end; a step hangs")
@@ -199,12 +203,13 @@ class Engine:
 
     # -- looking in, and text work --------------------------------------------------------------
 
-    async def work(self, function: Callable[..., T], *args: Any) -> T:
-        """Run a short blocking function, such as tokenising, off the loop; raises Unavailable once the
-        engine is closing."""
+    async def work(self, n_bytes: int, function: Callable[..., T], *args: Any) -> T:
+        """Run a blocking function, such as tokenising `n_bytes` of text, off the loop; raises Unavailable
+        once the engine is closing."""
         if self._is_closing:
             raise Unavailable("the server is shutting down", retry_after_s=5)
-        return await self._loop.run_in_executor(self._executor, function, *args)
+        executor = self._executor if n_bytes <= BULK_BYTES else self._bulk_executor
+        return await self._loop.run_in_executor(executor, function, *args)
 
     @property
     def snapshot(self) -> Snapshot:

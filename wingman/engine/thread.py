@@ -85,7 +85,9 @@ class EngineThread:
         self._inbox.put(command)
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the end of the thread; whether it came."""
+        """Wait for the end of the thread; whether it came. One that never started has ended."""
+        if self._thread.ident is None:
+            return True
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

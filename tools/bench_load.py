@@ -1,0 +1,327 @@
+"""A load of streaming completions over loopback, the numbers it gives, and the table of them.
+
+The loop is closed: each client sends its next request when the last one has ended, so N clients
+keep at most N requests in flight and a slow server is not buried under a queue. Each event is
+only stamped with the time it came; JSON is read after the clock has stopped, so that the client
+takes little of the processor it shares with the server. Three things are measured, all as a
+client sees them: throughput (tokens of all clients per second of wall clock), time to first token
+(from before connecting to the first event with text) and the gaps between events with text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+LOOPBACK: Final = "127.0.0.1"
+"""The only address this load is ever sent to."""
+_LINE_LIMIT: Final = 1 << 20
+_CHUNK_LIMIT: Final = 1 << 24
+_MAX_EVENTS: Final = 100_000
+_WORDS: Final = (
+    "the of and to in is that it for was on are with they be at one have this from had by word but what "
+    "some we can out other were all there when up use your how said each she which do their time if will "
+    "way about many then them write would like so these her long make thing see him two has look more day "
+    "could go come did number sound no most people over know water than call first who may down side been "
+    "now find any new work part take get place made live where after back little only round man year came "
+    "show every good me give our under name very through just form great think say help low line turn"
+).split()
+
+
+class LoadFailure(Exception):
+    """A server answered something that is no stream of completion events, or too late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request and its answer as the client saw it; times in milliseconds, counts in tokens."""
+
+    n_prompt: int
+    n_tokens: int
+    first_token_ms: float
+    gaps_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LevelRun:
+    """What so many clients got at once; `wall_s` is from the first request to the end of the last."""
+
+    n_clients: int
+    wall_s: float
+    exchanges: tuple[Exchange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A level in six numbers: tokens per second, milliseconds, MiB."""
+
+    tokens_per_s: float
+    first_p50_ms: float
+    first_p95_ms: float
+    gap_p50_ms: float
+    gap_p95_ms: float
+    rss_mib: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One server at one level in one round."""
+
+    server: str
+    round: int
+    run: LevelRun
+    summary: Summary
+
+
+# -- load ----------------------------------------------------------------------------------------
+
+
+def make_prompts(seed: str, n_clients: int, n_requests: int, n_words: int) -> list[list[str]]:
+    """Prompts of plain words, one list for each client. Same arguments, same prompts; another seed
+    gives prompts that share no beginning worth caching."""
+    rng = random.Random(seed)
+    return [[" ".join(rng.choices(_WORDS, k=n_words)) for _ in range(n_requests)] for _ in range(n_clients)]
+
+
+def run_level(
+    port: int, prompts: Sequence[Sequence[str]], *, n_predict: int, cache_prompt: bool, timeout_s: float
+) -> LevelRun:
+    """Run one client for each list of prompts against a server on `port`, all at once.
+
+    Raises LoadFailure when any request fails or all together take longer than `timeout_s` seconds.
+    """
+    bodies = [
+        [request_body(prompt, n_predict, cache_prompt=cache_prompt) for prompt in own] for own in prompts
+    ]
+    return asyncio.run(_run_clients(port, bodies, timeout_s))
+
+
+def request_body(prompt: str, n_predict: int, *, cache_prompt: bool) -> bytes:
+    """JSON for POST /completion: greedy, streamed, exactly `n_predict` tokens long."""
+    fields = {
+        "prompt": prompt,
+        "n_predict": n_predict,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "cache_prompt": cache_prompt,
+    }
+    return json.dumps(fields).encode()
+
+
+async def _run_clients(port: int, bodies: Sequence[Sequence[bytes]], timeout_s: float) -> LevelRun:
+    started = time.perf_counter()
+    try:
+        async with asyncio.timeout(timeout_s):
+            answers = await asyncio.gather(*(_run_client(port, own) for own in bodies))
+    except TimeoutError:
+        raise LoadFailure(f"{len(bodies)} clients were not done after {timeout_s:.0f} s") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise LoadFailure(f"the connection broke: {error!r}") from error
+    wall_s = time.perf_counter() - started
+    exchanges = tuple(read_exchange(*answer) for own in answers for answer in own)
+    return LevelRun(len(bodies), wall_s, exchanges)
+
+
+Stamped = list[tuple[float, bytes]]
+"""Data of events with the time each came, in seconds."""
+
+
+async def _run_client(port: int, bodies: Sequence[bytes]) -> list[tuple[float, Stamped]]:
+    return [await _complete(port, body) for body in bodies]
+
+
+async def _complete(port: int, body: bytes) -> tuple[float, Stamped]:
+    """When the request began, in seconds, and its events."""
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection(LOOPBACK, port, limit=_LINE_LIMIT)
+    try:
+        writer.write(_head(port, len(body)) + body)
+        await writer.drain()
+        is_chunked = await _read_head(reader)
+        events = []
+        async for data in _events(_pieces(reader, is_chunked=is_chunked)):
+            events.append((time.perf_counter(), data))
+            if len(events) > _MAX_EVENTS:
+                raise LoadFailure(f"the stream has more than {_MAX_EVENTS} events")
+        return started, events
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+def _head(port: int, length: int) -> bytes:
+    lines = (
+        "POST /completion HTTP/1.1",
+        f"Host: {LOOPBACK}:{port}",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+        "Connection: close",
+    )
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
+
+
+async def _read_head(reader: asyncio.StreamReader) -> bool:
+    """Whether the body is chunked. Raises LoadFailure with the answer when it is not a 200."""
+    status_line = await reader.readline()
+    is_chunked = False
+    while line := (await reader.readline()).strip().lower():
+        name, _, value = line.partition(b":")
+        is_chunked = is_chunked or (name == b"transfer-encoding" and value.strip() == b"chunked")
+    if status_line.split(b" ")[1:2] != [b"200"]:
+        text = (status_line + await reader.read(1000)).decode("utf-8", "replace")
+        raise LoadFailure(f"the server answered {text!r}")
+    return is_chunked
+
+
+async def _pieces(reader: asyncio.StreamReader, *, is_chunked: bool) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises ValueError or EOFError when it is cut off or no valid HTTP."""
+    if not is_chunked:
+        while piece := await reader.read(_LINE_LIMIT):
+            yield piece
+        return
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        if not 0 < size <= _CHUNK_LIMIT:
+            raise ValueError(f"a chunk of {size} bytes")
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
+
+
+async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Data of Server-Sent Events of one line each; comments and other fields are skipped."""
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
+
+
+def read_exchange(started: float, events: Stamped) -> Exchange:
+    """The measurements of one answer. Raises LoadFailure when it reports an error or has no end."""
+    texts: list[float] = []
+    last: dict[str, Any] = {}
+    for came, data in events:
+        last = _read_event(data)
+        if last.get("content"):
+            texts.append(came)
+    if not last.get("stop"):
+        raise LoadFailure(f"the stream ended early, with {last}")
+    if not texts:
+        raise LoadFailure("the stream has no text")
+    gaps = tuple((after - before) * 1e3 for before, after in itertools.pairwise(texts))
+    return Exchange(last["tokens_evaluated"], last["tokens_predicted"], (texts[0] - started) * 1e3, gaps)
+
+
+def _read_event(data: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict) or "error" in event:
+        raise LoadFailure(f"the stream has {data[:1000]!r}")
+    return event
+
+
+# -- numbers -------------------------------------------------------------------------------------
+
+
+def summarize(run: LevelRun, rss_mib: float) -> Summary:
+    """The numbers of a level; `rss_mib` is the server's resident memory after it."""
+    n_tokens = sum(exchange.n_tokens for exchange in run.exchanges)
+    first = [exchange.first_token_ms for exchange in run.exchanges]
+    gaps = [gap for exchange in run.exchanges for gap in exchange.gaps_ms]
+    return Summary(
+        tokens_per_s=n_tokens / run.wall_s,
+        first_p50_ms=percentile(first, 0.5),
+        first_p95_ms=percentile(first, 0.95),
+        gap_p50_ms=percentile(gaps, 0.5),
+        gap_p95_ms=percentile(gaps, 0.95),
+        rss_mib=rss_mib,
+    )
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` (0 to 1) of the values lie, interpolated; NaN for no values."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def median_round(rounds: Sequence[Summary]) -> Summary:
+    """The round with the median throughput, the slower of the two middle ones if their number is even."""
+    return sorted(rounds, key=_throughput)[(len(rounds) - 1) // 2]
+
+
+def best_round(rounds: Sequence[Summary]) -> Summary:
+    """The round with the highest throughput."""
+    return max(rounds, key=_throughput)
+
+
+def _throughput(summary: Summary) -> float:
+    return summary.tokens_per_s
+
+
+def ratio(ours: Summary, theirs: Summary) -> Summary:
+    """Number by number, ours divided by theirs; NaN where theirs is 0."""
+    pairs = zip(dataclasses.astuple(ours), dataclasses.astuple(theirs), strict=True)
+    return Summary(*(mine / other if other else math.nan for mine, other in pairs))
+
+
+# -- table ---------------------------------------------------------------------------------------
+
+_COLUMNS: Final = {
+    "tokens_per_s": "tok/s",
+    "first_p50_ms": "TTFT p50",
+    "first_p95_ms": "TTFT p95",
+    "gap_p50_ms": "gap p50",
+    "gap_p95_ms": "gap p95",
+    "rss_mib": "RSS",
+}
+
+
+def format_table(
+    done: Sequence[Measurement], choose: Callable[[Sequence[Summary]], Summary], compared: tuple[str, str]
+) -> str:
+    """A row for each level and server of the round that `choose` picks, and one with the ratio of the
+    two servers `compared` where both were measured."""
+    lines = [_row("clients", "server", *_COLUMNS.values())]
+    for level in _distinct(result.run.n_clients for result in done):
+        chosen = {}
+        for name in _distinct(result.server for result in done):
+            rounds = [r.summary for r in done if (r.server, r.run.n_clients) == (name, level)]
+            if rounds:
+                chosen[name] = choose(rounds)
+                lines.append(_numbers(str(level), name, chosen[name], digits=1))
+        if set(compared) <= chosen.keys():
+            ratios = ratio(*(chosen[name] for name in compared))
+            lines.append(_numbers(str(level), "ratio", ratios, digits=3))
+    return "\n".join(lines)
+
+
+def _distinct(items: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(items))
+
+
+def _numbers(level: str, name: str, summary: Summary, digits: int) -> str:
+    return _row(level, name, *(f"{getattr(summary, column):.{digits}f}" for column in _COLUMNS))
+
+
+def _row(level: str, name: str, *cells: str) -> str:
+    return f"{level:>7}  {name:<13}" + "".join(f"{cell:>10}" for cell in cells)
