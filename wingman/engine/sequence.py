@@ -97,21 +97,19 @@ class Sequence:
             self.stop_type = stop_type
 
     def _cut_at_indent(self, text: str) -> str:
-        """End at the first line that is indented by less than n_indent; keep its blanks, not its text."""
+        """End at the first line that is indented by less than n_indent, an empty one included; keep its
+        blanks, not its text."""
         if self.job.n_indent <= 0:
             return text
         for position, char in enumerate(text):
-            if char == "\n":
-                self._line_indent = 0
-            elif self._line_indent is not None:
-                if char in " \t":
-                    self._line_indent += 1
-                elif self._line_indent < self.job.n_indent:
-                    self._stop(StopType.LIMIT)
-                    self._detokenizer.finish()
-                    return text[:position]
-                else:
-                    self._line_indent = None
+            if self._line_indent is not None and char in " \t":
+                self._line_indent += 1
+                continue
+            if self._line_indent is not None and self._line_indent < self.job.n_indent:
+                self._stop(StopType.LIMIT)
+                self._detokenizer.finish()
+                return text[:position]
+            self._line_indent = 0 if char == "\n" else None
         return text
 
     def end_now(self, truncated: bool = False) -> str:
