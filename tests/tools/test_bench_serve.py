@@ -311,7 +311,9 @@ def contenders(fake: Path) -> list[Contender]:
 
 
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """Child processes, but for the server that other tests share."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if "wingman" not in process.cmdline()]
 
 
 class TestRounds:
