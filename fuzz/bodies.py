@@ -92,7 +92,7 @@ _CONFIG = Config()
 _INFO = ModelInfo(
     path="", description="", n_vocab=_N_VOCAB, n_ctx_train=512, n_ctx_slot=512, n_embd=8, n_params=1, size_bytes=1,
     ftype="", vocab_type=1, n_slots=1, bos_token="<s>", eos_token="</s>", adds_bos=True, chat_template=None, build="",
-    system_info="", can_shift=True, eog_tokens=(_EOS,),
+    system_info="", can_shift=True, max_piece_bytes=3, eog_tokens=(_EOS,),
 )  # fmt: skip
 _MAKER = JobMaker(_CONFIG, _INFO, _TOKENIZER)
 _TEMPLATE = ChatTemplate(CHATML)
@@ -141,7 +141,7 @@ class _Builder:
 def _check(data: bytes) -> None:
     completion = _refusable(lambda: parse_json(data, CompletionRequest))
     if completion is not None:
-        prompt = _refusable(lambda: read_prompt(completion.prompt, _TOKENIZER, _N_VOCAB))
+        prompt = _refusable(lambda: read_prompt(completion.prompt, _TOKENIZER, _INFO))
         _check_fields(completion, prompt or [_BOS])
     chat = _refusable(lambda: parse_json(data, ChatRequest))
     if chat is not None:

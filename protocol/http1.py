@@ -78,7 +78,8 @@ class Http1Connection:
         413 for a body and 431 for a head over its limit.
         """
         while True:
-            self._n_buffered = self._count_buffered()
+            if self._h11.their_state is h11.IDLE:  # a head may come; counting copies what is buffered
+                self._n_buffered = len(self._h11.trailing_data[0])
             try:
                 event = self._h11.next_event()
             except h11.RemoteProtocolError as error:
@@ -94,10 +95,6 @@ class Http1Connection:
             translated = self._translate(event)
             if translated is not None:
                 return translated
-
-    def _count_buffered(self) -> int:
-        """Bytes received and not yet parsed, counted only before a request head (the count copies)."""
-        return len(self._h11.trailing_data[0]) if self._h11.their_state in (h11.IDLE, h11.SEND_BODY) else 0
 
     def _translate(self, event: Any) -> Event | None:
         if isinstance(event, h11.Request):
@@ -115,7 +112,7 @@ class Http1Connection:
     def _request_head(self, request: h11.Request) -> RequestHead:
         self._method = request.method.decode("ascii")
         self._body_bytes = 0
-        if self._n_buffered - self._count_buffered() > self.limits.max_head_bytes:
+        if self._n_buffered - len(self._h11.trailing_data[0]) > self.limits.max_head_bytes:
             raise RemoteProtocolError("the request head is too large", 431)
         if request.http_version not in (b"1.0", b"1.1"):
             raise RemoteProtocolError("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)

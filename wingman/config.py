@@ -293,8 +293,8 @@ class ServerConfig:
         help="silence after which a stream gets a comment; -1: none")  # fmt: skip
     max_head_size: int = option(16384, "--max-head-size", metavar="BYTES", help="largest request head")
     max_body_size: int = option(33554432, "--max-body-size", metavar="BYTES", help="largest request body")
-    max_pipelined: int = option(65536, "--max-pipelined", metavar="BYTES",
-        help="bytes kept of requests sent ahead of their turn")  # fmt: skip
+    max_pipelined: int = option(262144, "--max-pipelined", metavar="BYTES",
+        help="bytes a client may send ahead of its answer; more closes its connection")  # fmt: skip
     max_connections: int = option(1024, "--max-connections", metavar="N", help="connections at once")
     drain_timeout: float = option(15.0, "--drain-timeout", metavar="SECONDS",
         help="time running generations get to finish at shutdown")  # fmt: skip
@@ -364,3 +364,5 @@ def check_bounds(group: object) -> None:
         if low is not None and high is not None and not low <= value <= high:
             flag = option_of(record).flags[-1]
             raise ConfigurationError(f"{flag} must be from {low} to {high}, not {value}")
+    if isinstance(group, ContextConfig) and group.batch_size < group.parallel:
+        raise ConfigurationError(f"--batch-size must be at least --parallel ({group.parallel})")

@@ -25,6 +25,7 @@ log = logging.getLogger("wingman")
 CLOSE_GRACE_S = 3.0
 """How long finished answers get to leave before their connections are closed."""
 _KILLED = 130
+_HUNG = 3
 
 
 class Wingman:
@@ -75,12 +76,12 @@ class Wingman:
         """Ask `run` to return."""
         self._stop.set()
 
-    async def close(self) -> None:
-        """Drain, close every connection, unload."""
+    async def close(self) -> bool:
+        """Drain, close every connection, unload; False when the model hangs and could not be freed."""
         self._app.is_draining = True
         await self._residency.drain(self._config.server.drain_timeout)
         await self._server.aclose(CLOSE_GRACE_S)
-        await self._residency.unload()
+        return await self._residency.unload()
 
 
 def _refuse_exposed(hosts: tuple[str, ...]) -> None:
@@ -118,7 +119,8 @@ async def serve(config: Config) -> int:
     finally:
         stopping.cancel()
         await asyncio.wait((stopping,))
-        await wingman.close()
+        if not await wingman.close():
+            os._exit(_HUNG)  # threads in native code would keep the interpreter from ending
 
 
 def _on_signal(wingman: Wingman) -> None:

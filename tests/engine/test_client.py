@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -129,5 +130,6 @@ class Endless(ScriptedRunner):
         super().__init__(n_slots=1, n_ctx_slot=1_000_000)
 
     def run(self, batch: Any) -> Any:
+        time.sleep(0.001)  # as a real step would, so that the loop gets its turn
         samples = super().run(batch)
         return {slot: max(token, 3) for slot, token in samples.items()}

@@ -68,3 +68,11 @@ def test_a_partial_head_is_noticed() -> None:
     pull(connection, b"TP/1.1\r\nHost: a\r\n\r\n")
     assert not connection.has_partial_head
     assert connection.is_request_complete
+
+
+def test_what_follows_a_head_in_the_same_piece_is_not_counted_with_it() -> None:
+    body = b"x" * 500
+    post = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n" + body
+    assert BodyChunk(body) in pull(Http1Connection(SMALL), post)
+    get = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    assert len(pull(Http1Connection(SMALL), get * 20)) == 2

@@ -47,6 +47,7 @@ def model_info(n_slots: int, n_ctx_slot: int) -> ModelInfo:
         path="scripted.gguf", description="scripted", n_vocab=N_VOCAB, n_ctx_train=n_ctx_slot, n_ctx_slot=n_ctx_slot,
         n_embd=1, n_params=1, size_bytes=1, ftype="F32", vocab_type=1, n_slots=n_slots, bos_token="<1>",
         eos_token="<2>", adds_bos=True, chat_template=None, build="b-scripted", system_info="", can_shift=True,
+        max_piece_bytes=3,
         eog_tokens=(EOS,),
     )  # fmt: skip
 

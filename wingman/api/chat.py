@@ -10,7 +10,7 @@ import orjson
 
 from wingman.api import shapes
 from wingman.api.completions import naming_of
-from wingman.api.generation import JobMaker, refuse_unsupported, settings_of
+from wingman.api.generation import JobMaker, refuse_endless, refuse_unsupported, settings_of
 from wingman.api.schema import ChatRequest, parse_body
 from wingman.api.streams import DONE, encode, event_stream
 from wingman.chat.conversation import read_messages, render_prompt, split_prefill
@@ -30,6 +30,7 @@ class _Chat:
     prompt: str
     fields: ChatRequest
     served: ServedModel
+    ping_s: int
 
     def add_verbose(self, body: dict[str, Any], finished: Finished) -> dict[str, Any]:
         """The body with `__verbose`, the native final object, when asked for."""
@@ -52,8 +53,7 @@ async def chat(served: ServedModel, request: Request) -> Answer:
     naming = naming_of(served)
     stream = served.engine.submit(prepared.job)
     if prepared.job.stream:
-        ping_s = served.config.server.sse_ping_interval
-        return event_stream(_events(prepared, naming, stream), stream, fields, ping_s)
+        return event_stream(_events(prepared, naming, stream), stream, prepared.ping_s)
     async with stream:
         finished = await stream.result()
     return Response(
@@ -84,9 +84,11 @@ def _render(served: ServedModel, fields: ChatRequest, job_id: int) -> _Chat:
     adds_prompt = fields.add_generation_prompt is not False
     rendering = Rendering(adds_prompt, info.bos_token, info.eos_token, fields.chat_template_kwargs)
     prompt = render_prompt(served.template, split_prefill(messages), rendering, adds_bos=info.adds_bos)
+    refuse_endless(prompt, info)
     tokens = tokenizer.tokenize(prompt, add_special=True, parse_special=True)
-    job = JobMaker(served.config, info, tokenizer).build_job(job_id, tokens, fields)
-    return _Chat(job, prompt, fields, served)
+    maker = JobMaker(served.config, info, tokenizer)
+    job = maker.build_job(job_id, tokens, fields)
+    return _Chat(job, prompt, fields, served, maker.ping_interval(fields))
 
 
 async def _events(prepared: _Chat, naming: shapes.Naming, stream: JobStream) -> AsyncGenerator[bytes, None]:

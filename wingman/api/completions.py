@@ -28,6 +28,7 @@ class _Completion:
     prompt: str
     fields: CompletionRequest
     served: ServedModel
+    ping_s: int
 
     def final(self, finished: Finished) -> dict[str, Any]:
         """The native final object."""
@@ -48,8 +49,7 @@ async def complete(served: ServedModel, request: Request) -> Answer:
     prepared = await _prepare(served, request)
     stream = served.engine.submit(prepared.job)
     if prepared.job.stream:
-        ping_s = served.config.server.sse_ping_interval
-        return event_stream(_native_events(prepared, stream), stream, prepared.fields, ping_s)
+        return event_stream(_native_events(prepared, stream), stream, prepared.ping_s)
     async with stream:
         finished = await stream.result()
     return Response(200, orjson.dumps(prepared.final(finished)))
@@ -61,8 +61,7 @@ async def complete_text(served: ServedModel, request: Request) -> Answer:
     naming = naming_of(served)
     stream = served.engine.submit(prepared.job)
     if prepared.job.stream:
-        ping_s = served.config.server.sse_ping_interval
-        return event_stream(_text_events(prepared, naming, stream), stream, prepared.fields, ping_s)
+        return event_stream(_text_events(prepared, naming, stream), stream, prepared.ping_s)
     async with stream:
         finished = await stream.result()
     text = prepared.prompt + finished.text if prepared.fields.echo else finished.text
@@ -91,10 +90,11 @@ async def _prepare(served: ServedModel, request: Request) -> _Completion:
 
 def _tokenize(served: ServedModel, fields: CompletionRequest, job_id: int) -> _Completion:
     tokenizer = served.engine.tokenizer
-    tokens = read_prompt(fields.prompt, tokenizer, served.info.n_vocab)
-    job = JobMaker(served.config, served.info, tokenizer).build_job(job_id, tokens, fields)
+    tokens = read_prompt(fields.prompt, tokenizer, served.info)
+    maker = JobMaker(served.config, served.info, tokenizer)
+    job = maker.build_job(job_id, tokens, fields)
     prompt = tokenizer.detokenize(tokens, special=True) if len(tokens) < served.info.n_ctx_slot else ""
-    return _Completion(job, prompt, fields, served)
+    return _Completion(job, prompt, fields, served, maker.ping_interval(fields))
 
 
 async def _native_events(prepared: _Completion, stream: JobStream) -> AsyncGenerator[bytes, None]:

@@ -16,7 +16,7 @@ from wingman.api.schema import GenerationFields
 from wingman.config import RANDOM_SEED, Config, SamplingParams, canonical_samplers, samplers_from_letters
 from wingman.engine.runner import Tokenizer
 from wingman.engine.types import Job, ModelInfo
-from wingman.errors import InvalidRequest, NotSupported
+from wingman.errors import ContextOverflow, InvalidRequest, NotSupported
 
 _INT32_MAX: Final = 2**31 - 1
 _INT64_MAX: Final = 2**63 - 1
@@ -25,6 +25,11 @@ _FLOAT32_MAX: Final = 3.4028234663852886e38
 
 MAX_STOPS: Final = 256
 """Stop strings of a request; every token is searched for all of them."""
+MAX_STOP_CHARS: Final = 512
+MAX_ALL_STOP_CHARS: Final = 8192
+"""Length of a stop string, and of all: what is held back is compared with them for every token."""
+MAX_BIAS_CHARS: Final = 64 * 1024
+"""Length of all texts in logit_bias together."""
 MAX_BREAKERS: Final = 16
 """DRY sequence breakers; each is compared with the whole vocabulary, up to 30 ms at 49k tokens."""
 MAX_SAMPLERS: Final = 32
@@ -85,7 +90,11 @@ _LIMITS: Final[dict[str, _Range]] = {
 
 def read_number(value: Any, field: str, bounds: _Range) -> Any:
     """A request's number within its range; raises InvalidRequest naming the field."""
-    if not math.isfinite(value):
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        is_finite = False
+    if not is_finite:
         raise InvalidRequest(f"Field '{field}': must be finite", field)
     number = bounds.kind(value)
     if bounds.low <= number <= bounds.high:
@@ -157,6 +166,12 @@ class JobMaker:
             **limits,
         )
 
+    def ping_interval(self, fields: GenerationFields) -> int:
+        """Seconds of silence after which the request's stream gets a comment; -1 for none."""
+        if fields.sse_ping_interval is None:
+            return self.config.server.sse_ping_interval
+        return int(read_number(fields.sse_ping_interval, "sse_ping_interval", COUNT_OR_ALL))
+
     def _preserved(self) -> frozenset[int]:
         return frozenset(range(self.info.n_vocab)) if self.config.model.special else frozenset()
 
@@ -195,13 +210,16 @@ class JobMaker:
         pairs = raw.items() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
         if len(pairs) > self.info.n_vocab:
             raise InvalidRequest("Field 'logit_bias': has more entries than the vocabulary", "logit_bias")
-        biases: list[tuple[int, float]] = []
+        if sum(len(text) for pair in pairs for text in _texts(pair)) > MAX_BIAS_CHARS:
+            raise InvalidRequest(f"Field 'logit_bias': holds over {MAX_BIAS_CHARS} characters", "logit_bias")
+        biases: dict[int, float] = {}  # several biases of a token add up, as they do in the sampler
         for pair in pairs:
             if isinstance(pair, list | tuple) and len(pair) == 2:
                 bias = _read_bias(pair[1])
                 if bias is not None:
-                    biases += [(token, bias) for token in self._bias_tokens(pair[0], isinstance(raw, dict))]
-        return biases
+                    for token in self._bias_tokens(pair[0], isinstance(raw, dict)):
+                        biases[token] = biases.get(token, 0.0) + bias
+        return list(biases.items())
 
     def _bias_tokens(self, token: Any, is_key: bool) -> list[int]:
         if is_key and isinstance(token, str) and token.isascii() and token.isdigit():
@@ -213,9 +231,13 @@ class JobMaker:
         return []
 
 
+def _texts(pair: Any) -> list[str]:
+    return [item for item in pair[:1] if isinstance(item, str)] if isinstance(pair, list | tuple) else []
+
+
 def _read_seed(value: Any) -> int:
     """A 32-bit seed; larger ints wrap, as in llama-server."""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise InvalidRequest("Field 'seed': must be finite", "seed")
     return int(value) & RANDOM_SEED
 
@@ -275,7 +297,10 @@ def read_stop(raw: Any) -> tuple[str, ...]:
             raise InvalidRequest(f"Field 'stop[{index}]': must be a string", "stop")
         if word:
             words.append(word)
-    return tuple(words)
+    if any(len(word) > MAX_STOP_CHARS for word in words) or sum(map(len, words)) > MAX_ALL_STOP_CHARS:
+        message = f"at most {MAX_STOP_CHARS} characters each and {MAX_ALL_STOP_CHARS} in all are taken"
+        raise InvalidRequest(f"Field 'stop': {message}", "stop")
+    return tuple(dict.fromkeys(words))
 
 
 def read_id_slot(raw: Any) -> int:
@@ -285,7 +310,15 @@ def read_id_slot(raw: Any) -> int:
     return int(read_number(raw, "id_slot", COUNT_OR_ALL))
 
 
-def read_prompt(raw: Any, tokenizer: Tokenizer, n_vocab: int) -> list[int]:
+def refuse_endless(text: str, info: ModelInfo) -> None:
+    """Raise ContextOverflow for a text that no tokenisation can fit into a slot: tokenising megabytes
+    takes seconds and can't be interrupted. The count reported is the least there could be."""
+    n_least = -(-len(text) // info.max_piece_bytes)
+    if n_least >= info.n_ctx_slot:
+        raise ContextOverflow(n_least, info.n_ctx_slot)
+
+
+def read_prompt(raw: Any, tokenizer: Tokenizer, info: ModelInfo) -> list[int]:
     """Token ids of `prompt` in any of its forms (tokenize_input_prompts of llama-server).
 
     A string gets BOS as the model wants; in a list of strings and ids only a leading string does.
@@ -293,6 +326,7 @@ def read_prompt(raw: Any, tokenizer: Tokenizer, n_vocab: int) -> list[int]:
     """
     raw = _unwrap_prompt(raw)
     if isinstance(raw, str):
+        refuse_endless(raw, info)
         return tokenizer.tokenize(raw, add_special=True, parse_special=True)
     if not isinstance(raw, list) or not raw:
         raise InvalidRequest("Field 'prompt': must be a string, or a list of strings and token ids", "prompt")
@@ -301,8 +335,9 @@ def read_prompt(raw: Any, tokenizer: Tokenizer, n_vocab: int) -> list[int]:
     tokens: list[int] = []
     for index, item in enumerate(raw):
         if isinstance(item, str):
+            refuse_endless(item, info)
             tokens += tokenizer.tokenize(item, add_special=index == 0, parse_special=True)
-        elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < n_vocab:
+        elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < info.n_vocab:
             tokens.append(item)
         else:
             raise InvalidRequest(f"Field 'prompt[{index}]': must be a string or a token id", "prompt")

@@ -1,6 +1,7 @@
 """Request bodies as types, and bytes -> types.
 
-Unknown fields are ignored and null counts as absent. Numbers may be ints, floats or booleans, as
+Unknown fields are skipped without being built (a huge one would hold up every thread) and null
+counts as absent. Numbers may be ints, floats or booleans, as
 llama-server takes them; `wingman.api.generation` gives each its range. Fields that llama-server
 reads leniently are `Any`.
 """
@@ -12,7 +13,6 @@ import re
 from typing import Any, Final, TypeVar
 
 import msgspec
-import orjson
 
 from wingman.errors import InvalidRequest
 
@@ -142,15 +142,13 @@ async def parse_body(body: bytes, kind: type[S]) -> S:
 def parse_json(body: bytes, kind: type[S]) -> S:
     """`parse_body` on the calling thread."""
     try:
-        raw = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    try:
-        return msgspec.convert(raw, kind)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _field_error(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequest("the body is not valid JSON") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
 
 
 _AT: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)

@@ -110,13 +110,15 @@ def select_fields(body: dict[str, Any], fields: Any) -> dict[str, Any]:
         return body
     selected = {}
     for name in fields:
+        if not isinstance(name, str):
+            continue
         value: Any = body
-        for key in str(name).split("/"):
+        for key in name.split("/"):
             if not isinstance(value, dict) or key not in value:
                 break
             value = value[key]
         else:
-            selected[str(name)] = value
+            selected[name] = value
     return selected
 
 

@@ -67,11 +67,11 @@ def _slot_body(served: ServedModel, slot: SlotView) -> dict[str, Any]:
         "model": served.name,
     }
     job = served.engine.last_job(slot.id)
-    if slot.job_id is None or job is None:
+    if job is None or slot.job_id != job.id:
         return body
     settings = settings_of(job, served.config, served.name)
     params = {key: value for key, value in settings.items() if key not in _NOT_IN_PARAMS}
-    return settings | body | {
+    return params | body | {
         "id_task": slot.job_id,
         "n_prompt_tokens": slot.n_held,
         "n_prompt_tokens_processed": slot.n_processed,

@@ -9,8 +9,6 @@ import orjson
 
 from protocol import encode_event
 from wingman.api.errors import error_body
-from wingman.api.generation import COUNT_OR_ALL, read_number
-from wingman.api.schema import GenerationFields
 from wingman.engine.client import JobStream
 from wingman.errors import WingmanError
 from wingman.http.messages import EventStream
@@ -23,14 +21,9 @@ def encode(body: dict[str, Any]) -> bytes:
     return encode_event(orjson.dumps(body))
 
 
-def event_stream(
-    events: AsyncGenerator[bytes, None], job: JobStream, fields: GenerationFields, default_ping_s: int
-) -> EventStream:
-    """The answer that streams a job; however it ends, the job does too."""
-    interval = default_ping_s
-    if fields.sse_ping_interval is not None:
-        interval = int(read_number(fields.sse_ping_interval, "sse_ping_interval", COUNT_OR_ALL))
-    return EventStream(guarded(events), job.close, float(interval) if interval > 0 else None)
+def event_stream(events: AsyncGenerator[bytes, None], job: JobStream, ping_s: int) -> EventStream:
+    """The answer that streams a job; however it ends, the job does too. `ping_s` <= 0 sends no comments."""
+    return EventStream(guarded(events), job.close, float(ping_s) if ping_s > 0 else None)
 
 
 async def guarded(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -73,6 +73,7 @@ class Engine:
         self._thread = EngineThread(self._new_runner, self._new_scheduler, self._post)
         self._executor = ThreadPoolExecutor(N_WORKERS, "wingman-text")
         self._bulk_executor = ThreadPoolExecutor(1, "wingman-bulk")
+        self._at_work: set[asyncio.Future[Any]] = set()
         self._ids = itertools.count(1)
         self._streams: dict[int, JobStream] = {}
         self._last_jobs: dict[int, Job] = {}
@@ -112,14 +113,22 @@ class Engine:
             except TimeoutError:
                 log.warning("%d requests did not end in time", len(self._streams))
 
-    async def close(self) -> None:
-        """Free the model. Jobs still there end with an error."""
+    async def close(self) -> bool:
+        """Free the model; jobs still there end with an error. False when something native hangs: the
+        model stays in memory then, because it is still in use."""
         self._is_draining = self._is_closing = True
-        for executor in (self._executor, self._bulk_executor):
-            await asyncio.to_thread(executor.shutdown, wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._bulk_executor.shutdown(wait=False, cancel_futures=True)
+        if self._at_work:
+            await asyncio.wait(self._at_work, timeout=END_GRACE_S)
+        if self._at_work:
+            log.error("a text of megabytes is still being tokenised")
+            return False
         self._thread.send(Shutdown())
-        if not await asyncio.to_thread(self._thread.join, END_GRACE_S):
-            log.error("the engine thread does not end; a step hangs")
+        if await asyncio.to_thread(self._thread.join, END_GRACE_S):
+            return True
+        log.error("the engine thread does not end; a step hangs")
+        return False
 
     def _new_runner(self) -> Runner:
         return self._make_runner(self._model, self._context)
@@ -209,7 +218,10 @@ class Engine:
         if self._is_closing:
             raise Unavailable("the server is shutting down", retry_after_s=5)
         executor = self._executor if n_bytes <= BULK_BYTES else self._bulk_executor
-        return await self._loop.run_in_executor(executor, function, *args)
+        work = self._loop.run_in_executor(executor, function, *args)
+        self._at_work.add(work)
+        work.add_done_callback(self._at_work.discard)
+        return await asyncio.shield(work)  # the thread goes on when the reader leaves; close waits for it
 
     @property
     def snapshot(self) -> Snapshot:

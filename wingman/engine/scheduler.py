@@ -44,6 +44,9 @@ MIN_PREFILL_TOKENS = 32
 """Least prompt tokens a step takes beside running generations, so that prompts always advance."""
 UNMEASURED_PREFILL_TOKENS = 64
 """The same until the first prompt has shown how fast this machine is."""
+UNIFIED_RESERVE_TOKENS = 32
+"""Room that each running generation keeps when a prompt enters a unified cache: a newcomer waits rather
+than cut a neighbour off."""
 _ENDLESS = 1 << 40
 
 
@@ -119,9 +122,9 @@ class Scheduler:
                 slot.sequence.n_processed = slot.sequence.n_cached = 0
 
     def end_all(self) -> None:
-        """Finish what runs with what it has; fail what waits."""
+        """Finish what generates with what it has; fail what has generated nothing yet."""
         for sequence in tuple(self._jobs.values()):
-            if sequence.state is JobState.QUEUED:
+            if not sequence.output:
                 self.fail(sequence.job.id, FailureKind.UNAVAILABLE, "the server is shutting down")
             else:
                 self._end_early(sequence, truncated=False)
@@ -240,15 +243,19 @@ class Scheduler:
     def _plan_prefill(self, chunks: list[Chunk]) -> tuple[SamplerStart, ...]:
         samplers = []
         budget = self._prefill_budget(len(chunks))
+        n_reserved = len(chunks) * UNIFIED_RESERVE_TOKENS
         for sequence in tuple(self._jobs.values()):  # in order of arrival
             if budget <= 0:
                 break
             if sequence.state is not JobState.PREFILL:
                 continue
             slot = self._pool.slots[sequence.slot_id]
-            n_tokens = self._fit(min(budget, sequence.n_prompt_left), sequence, bool(chunks))
-            if n_tokens <= 0:
+            n_reserved += sequence.n_prompt_left
+            if not self._make_room(n_reserved):
+                if not chunks:
+                    self.fail(sequence.job.id, FailureKind.ENGINE, "the shared context is full")
                 continue
+            n_tokens = min(budget, sequence.n_prompt_left)
             budget -= n_tokens
             start = sequence.n_processed
             tokens = sequence.job.prompt[start : start + n_tokens]
@@ -268,15 +275,6 @@ class Scheduler:
             return min(UNMEASURED_PREFILL_TOKENS, most)
         affordable = int(self._prefill_rate * self._limits.max_step_s) - n_decoding
         return min(max(affordable, MIN_PREFILL_TOKENS), most)
-
-    def _fit(self, n_tokens: int, sequence: Sequence, others_run: bool) -> int:
-        """How many of `n_tokens` the unified cache can take; ends the job when nothing ever will."""
-        if self._make_room(n_tokens):
-            return n_tokens
-        n_free = self._limits.n_ctx_total - self._pool.n_held
-        if n_free <= 0 and not others_run:
-            self.fail(sequence.job.id, FailureKind.ENGINE, "the shared context is full")
-        return min(n_tokens, n_free)
 
     def _make_room(self, n_tokens: int) -> bool:
         """Evict idle slots until `n_tokens` fit. When they don't, the one that asked ends; its slot

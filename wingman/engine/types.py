@@ -246,5 +246,7 @@ class ModelInfo:
     build: str
     system_info: str
     can_shift: bool
+    max_piece_bytes: int
+    """Length of the longest token."""
     eog_tokens: tuple[int, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)

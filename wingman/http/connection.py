@@ -42,6 +42,8 @@ access_log = logging.getLogger("wingman.access")
 
 CLIENT_GONE = 499
 """Logged status of a request whose client left before the answer was complete (nginx's number)."""
+EVENTS_PER_TURN = 64
+"""Body chunks read before other connections get their turn."""
 _SSE_HEADERS = (
     ("content-type", "text/event-stream"),
     ("cache-control", "no-cache"),
@@ -110,6 +112,7 @@ class _Connection:
         try:
             while await self._serve_one():
                 self._http.start_next_cycle()
+                await asyncio.sleep(0)  # a peer with thousands of requests in one packet takes turns too
         except RemoteProtocolError as error:
             if self._http.can_answer:
                 self._send_response(self._app.refuse(error.status_hint, str(error)))
@@ -187,6 +190,8 @@ class _Connection:
                     await self._receive()
                 elif isinstance(event, BodyChunk):
                     parts.append(event.data)
+                    if len(parts) % EVENTS_PER_TURN == 0:
+                        await asyncio.sleep(0)
                 elif isinstance(event, EndOfRequest):
                     return b"".join(parts)
 

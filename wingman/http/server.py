@@ -75,7 +75,7 @@ class Server:
         self.addresses.append(str(path))
 
     def _new_stream(self) -> SocketStream:
-        return SocketStream(self._accept)
+        return SocketStream(self._accept, self._limits.wire.max_pipelined_bytes)
 
     def _accept(self, stream: SocketStream) -> None:
         if len(self._tasks) >= self._max_connections:

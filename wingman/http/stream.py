@@ -13,7 +13,10 @@ import socket
 from collections.abc import Callable
 from typing import Protocol, cast
 
+READ_BYTES = 16 * 1024
+"""Most bytes handed out at once: it bounds how long one connection can keep the loop busy."""
 READ_LIMIT_BYTES = 64 * 1024
+"""Buffered bytes at which reading pauses while a request is being read."""
 LINGER_S = 2.0
 """How long a refused upload is read and dropped, so that the peer sees the answer, not a reset."""
 
@@ -30,7 +33,7 @@ class ByteStream(Protocol):
     """Set by the connection while it waits for a request: such a stream may be closed at any time."""
 
     async def read(self) -> bytes:
-        """Bytes that arrived, at least one; b"" once the peer has closed or is lost."""
+        """Bytes that arrived, at least one and at most READ_BYTES; b"" once the peer has closed or is lost."""
 
     def push(self, data: bytes) -> None:
         """Hand bytes to the transport without waiting; lost if the peer is gone."""
@@ -40,11 +43,12 @@ class ByteStream(Protocol):
         ConnectionResetError when the peer is gone."""
 
     def watch_disconnect(self, callback: Callable[[], None] | None) -> None:
-        """Call `callback` once, as soon as the peer closes its side or is lost; None stops watching."""
+        """Call `callback` once, as soon as the peer closes its side, is lost, or sends too far ahead; None
+        stops watching."""
 
     @property
     def is_disconnected(self) -> bool:
-        """Whether the peer has closed its sending side or is lost."""
+        """Whether the peer has closed its sending side, is lost, or is not listened to any more."""
 
     def push_eof(self) -> None:
         """Close our sending side after what is buffered; reading goes on."""
@@ -59,7 +63,10 @@ class ByteStream(Protocol):
 class SocketStream(asyncio.Protocol):
     """ByteStream over an asyncio transport; made by a listener for each accepted socket."""
 
-    def __init__(self, on_connect: Callable[[SocketStream], None]) -> None:
+    def __init__(self, on_connect: Callable[[SocketStream], None], max_ahead_bytes: int = 256 * 1024) -> None:
+        """`max_ahead_bytes` may arrive while an answer is owed. Reading must not pause then, or the end of
+        file would go unseen; so a peer that sends more is dropped."""
+        self._max_ahead_bytes = max_ahead_bytes
         self._on_connect = on_connect
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
@@ -87,7 +94,12 @@ class SocketStream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
         self._buffer += data
-        if len(self._buffer) >= READ_LIMIT_BYTES and not self._read_paused:
+        if self._on_disconnect is not None:
+            if len(self._buffer) > self._max_ahead_bytes:
+                self._eof = True
+                self._buffer.clear()
+                self._notice_disconnect()
+        elif len(self._buffer) >= READ_LIMIT_BYTES and not self._read_paused:
             self._read_paused = True
             self._open_transport().pause_reading()
         self._wake_reader()
@@ -120,11 +132,10 @@ class SocketStream(asyncio.Protocol):
                 await self._reader
             finally:
                 self._reader = None
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        if self._read_paused and not self._lost:
-            self._read_paused = False
-            self._open_transport().resume_reading()
+        data = bytes(self._buffer[:READ_BYTES])
+        del self._buffer[:READ_BYTES]
+        if len(self._buffer) < READ_LIMIT_BYTES:
+            self._resume_reading()
         return data
 
     def push(self, data: bytes) -> None:  # noqa: D102
@@ -145,8 +156,10 @@ class SocketStream(asyncio.Protocol):
 
     def watch_disconnect(self, callback: Callable[[], None] | None) -> None:  # noqa: D102
         self._on_disconnect = callback
-        if callback is not None and self._eof:
-            self._notice_disconnect()
+        if callback is not None:
+            self._resume_reading()
+            if self._eof:
+                self._notice_disconnect()
 
     @property
     def is_disconnected(self) -> bool:  # noqa: D102
@@ -174,6 +187,11 @@ class SocketStream(asyncio.Protocol):
     def _open_transport(self) -> asyncio.Transport:
         assert self._transport is not None, "used before connection_made"
         return self._transport
+
+    def _resume_reading(self) -> None:
+        if self._read_paused and not self._lost:
+            self._read_paused = False
+            self._open_transport().resume_reading()
 
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():

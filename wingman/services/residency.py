@@ -52,6 +52,7 @@ TRANSITIONS: Final = {
     (ModelState.DRAINING, ModelMove.DRAIN): ModelState.DRAINING,
     (ModelState.DRAINING, ModelMove.FAIL): ModelState.FAILED,
     (ModelState.DRAINING, ModelMove.UNLOAD): ModelState.UNLOADED,
+    (ModelState.FAILED, ModelMove.FAIL): ModelState.FAILED,
     (ModelState.FAILED, ModelMove.DRAIN): ModelState.FAILED,
     (ModelState.FAILED, ModelMove.UNLOAD): ModelState.UNLOADED,
 }
@@ -146,11 +147,12 @@ class Residency:
         self._move(ModelMove.DRAIN)
         await self._engine.drain(timeout_s)
 
-    async def unload(self) -> None:
-        """Free the model."""
-        await self._engine.close()
+    async def unload(self) -> bool:
+        """Free the model; False when it hangs and stays."""
+        is_free = await self._engine.close()
         self._move(ModelMove.UNLOAD)
         self._served = None
+        return is_free
 
 
 def _file_name(path: str) -> str:

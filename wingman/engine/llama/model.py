@@ -110,6 +110,13 @@ class LlamaTokenizer:
         self._eog = frozenset(t for t in range(self.n_tokens) if lib.llama_vocab_is_eog(vocab, t))
 
     @property
+    def max_piece_bytes(self) -> int:
+        """Length of the longest token, special ones included; reads the whole vocabulary."""
+        plain = max(len(self.piece(token)) for token in range(self.n_tokens))
+        text = max(len(lib.llama_vocab_get_text(self._vocab, token) or b"") for token in range(self.n_tokens))
+        return max(plain, text, 1)
+
+    @property
     def eog_tokens(self) -> tuple[int, ...]:
         """Every token that ends a generation."""
         return tuple(sorted(self._eog))

@@ -105,6 +105,7 @@ class LlamaRunner:
             chat_template=model.chat_template(),
             build=library.build_info(),
             system_info=lib.llama_print_system_info().decode("utf-8", "replace"),
+            max_piece_bytes=tokenizer.max_piece_bytes,
             can_shift=bool(lib.llama_memory_can_shift(self._context.memory)),
             eog_tokens=tokenizer.eog_tokens,
             metadata=model.metadata(),
