@@ -73,15 +73,19 @@ def test_every_field_with_a_wrong_type(server: ServerProcess, path: str, schema:
         ({"dry_sequence_breakers": []}, "dry_sequence_breakers"), ({"id_slot": 8}, "id_slot"),
         ({"stop": [1]}, "stop"), ({"sse_ping_interval": -2, "stream": True}, "sse_ping_interval"),
         ({"samplers": ["infill"]}, "samplers"), ({"t_max_predict_ms": -5}, "t_max_predict_ms"),
+        ({"stop": ["x" * 600]}, "stop"), ({"stop": ["ab"] * 300}, "stop"), ({"stop": ["y" * 500] * 20}, "stop"),
+        ({"logit_bias": [["a b " * 40000, 1]]}, "logit_bias"), ({"samplers": ["top_k"] * 40}, "samplers"),
+        ({"dry_sequence_breakers": ["x"] * 17}, "dry_sequence_breakers"), ({"n_keep": 2**80}, "n_keep"),
         ({"prompt": []}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": 7}, "prompt"),
         ({"prompt": [10**9]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": ""}, "prompt"),
         ({"prompt": [True, "x"]}, "prompt"), ({"response_format": {"type": "yaml"}}, "response_format"),
     ],
 )  # fmt: skip
 def test_values_out_of_range(server: ServerProcess, fields: dict[str, Any], field: str) -> None:
-    response = server.post("/completion", {"prompt": "Hi", "n_predict": 1} | fields)
+    response = server.post("/completion", {"prompt": "Hi", "n_predict": 1000, "ignore_eos": True} | fields)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"].startswith(field)
+    assert server.get("/health").json()["slots_processing"] == 0, "a refused request holds a slot"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,7 @@ def test_values_out_of_range(server: ServerProcess, fields: dict[str, Any], fiel
     [{"top_k": -1}, {"top_p": 7}, {"temperature": -3}, {"mirostat": 9}, {"temperature": True}, {"seed": 2**40},
      {"seed": -1}, {"stop": 5}, {"logit_bias": "x"}, {"logit_bias": [["x"], [1], [10**9, 2], [1, "a"]]},
      {"id_slot": "1"}, {"lora": []}, {"repeat_last_n": -1}, {"dry_multiplier": 1, "dry_penalty_last_n": -1},
+     {"response_fields": [[[1]]]},
      {"samplers": ["nonsense"]}, {"typical_p": 0}, {"n_probs": 0}, {"top_n_sigma": 1e30}, {"dynatemp_range": 3}],
 )  # fmt: skip
 def test_odd_values_that_are_served(server: ServerProcess, fields: dict[str, Any]) -> None:

@@ -122,6 +122,7 @@ def test_what_can_not_be_started_says_why(tmp_path: Path, starter_model: Path) -
             "no chat template is called",
         ),
         (("--parallel", "0"), "must be from 1"),
+        (("-b", "2", "-np", "4"), "--batch-size must be at least --parallel"),
         (("--ctx-sise", "5"), "did you mean --ctx-size?"),
         (("--threads", "many"), "not a valid value"),
     ):

@@ -265,6 +265,31 @@ def test_unified_cache_ends_one_job_when_full_never_all() -> None:
     assert any(len(e.tokens) + e.n_prompt > 12 for e in ends), "the survivor uses what the other left"
 
 
+def test_in_a_unified_cache_a_newcomer_waits_rather_than_cut_a_neighbour_off() -> None:
+    machine = Machine(n_slots=2, n_ctx_slot=128, n_ctx=128, n_batch=64, is_unified=True)
+    running = [1, 4, 4, 4]
+    expected = solo_output(running, 40, 128)
+    newcomer = [1, *[9] * 100]
+    assert len(running) + len(expected) + len(newcomer) > 128, "both at once must not fit"
+    machine.add(1, running, n_predict=40)
+    machine.step()
+    machine.add(2, newcomer, n_predict=3)
+    machine.run()
+    assert list(machine.finished(1).tokens) == expected
+    assert not machine.finished(1).truncated
+    assert list(machine.finished(2).tokens) == solo_output(newcomer, 3, 128)
+
+
+def test_prompts_that_fit_alone_take_turns_in_a_unified_cache() -> None:
+    machine = Machine(n_slots=4, n_ctx_slot=128, n_ctx=128, n_batch=32, is_unified=True)
+    prompts = {job_id: [1, *[10 + job_id] * 99] for job_id in range(1, 5)}
+    for job_id, prompt in prompts.items():
+        machine.add(job_id, prompt, n_predict=5)
+    machine.run()
+    for job_id, prompt in prompts.items():
+        assert list(machine.finished(job_id).tokens) == solo_output(prompt, 5, 128)
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Jobs come, run and go in any order; each must get exactly what it would get alone."""
 
