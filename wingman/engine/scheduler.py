@@ -59,7 +59,7 @@ class SchedulerLimits:
     n_ctx_total: int
     n_batch: int
     n_ubatch: int
-    max_step_s: float = 0.15
+    max_step_s: float = 0.25
     similarity: float = 0.1
     is_unified: bool = False
     shifts_context: bool = False
