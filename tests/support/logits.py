@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from wingman.config import ContextConfig, ModelConfig
-from wingman.engine.llama.library import lib
+from wingman.engine.llama.binding import lib
 from wingman.engine.llama.runner import LlamaRunner
 from wingman.engine.runner import Batch, Chunk, KvRemove
 

@@ -16,8 +16,8 @@ import pytest
 from tools import tinymodel
 from tools.tinymodel import BERT_N_CTX, CHAT_TEMPLATE, N_EMBD, write_bert, write_llama
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
-from wingman.engine.llama import LlamaRunner, library
-from wingman.engine.llama.library import lib
+from wingman.engine.llama import LlamaRunner, binding
+from wingman.engine.llama.binding import lib
 from wingman.engine.runner import Batch, Chunk, SamplerStart
 
 N_GENERATED = 48
@@ -135,15 +135,15 @@ class TestSplit:
 @contextmanager
 def bert_loaded(path: Path) -> Iterator[tuple[Any, Any]]:
     """Model and context, with the pooling the file asks for."""
-    library.initialize()
+    binding.initialize()
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-    assert model, library.take_errors()
+    assert model, binding.take_errors()
     params = lib.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = BERT_N_CTX
     params.embeddings = True
     params.n_threads = params.n_threads_batch = 1
     context = lib.llama_init_from_model(model, params)
-    assert context, library.take_errors()
+    assert context, binding.take_errors()
     try:
         yield model, context
     finally:

@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 
 from wingman.config import ContextConfig
-from wingman.engine.llama import library
-from wingman.engine.llama.library import lib
+from wingman.engine.llama import binding
+from wingman.engine.llama.binding import lib
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.runner import Batch, KvOp, KvRemove, RunnerFailure
 from wingman.errors import ModelLoadFailure
@@ -48,7 +48,7 @@ class LlamaContext:
         """Allocate cache and compute buffers. Raises ModelLoadFailure when they don't fit."""
         self.handle: Any = lib.llama_init_from_model(model.handle, _params(model, config))
         if not self.handle:
-            reason = library.take_errors() or "out of memory?"
+            reason = binding.take_errors() or "out of memory?"
             raise ModelLoadFailure(f"can't make a context of {config.ctx_size} tokens: {reason}")
         self.memory: Any = lib.llama_get_memory(self.handle)
         if not self.memory:
@@ -109,7 +109,7 @@ class LlamaContext:
             self._batch.n_tokens = end
             code = lib.llama_decode(self.handle, self._batch)
             if code:
-                raise RunnerFailure(f"llama_decode returned {code}: {library.take_errors()}")
+                raise RunnerFailure(f"llama_decode returned {code}: {binding.take_errors()}")
         return last
 
     def warm_up(self, model: LlamaModel) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from wingman.engine.llama.library import lib
+from wingman.engine.llama.binding import lib
 
 
 def family_names() -> tuple[str, ...]:

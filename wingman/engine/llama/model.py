@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from wingman.config import ModelConfig
-from wingman.engine.llama import library
-from wingman.engine.llama.library import lib
+from wingman.engine.llama import binding
+from wingman.engine.llama.binding import lib
 from wingman.errors import ModelLoadFailure
 
 _SPLIT_NAME: Final = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -42,7 +42,7 @@ class LlamaModel:
     def __init__(self, config: ModelConfig) -> None:
         """Load the weights. Raises ModelLoadFailure with what the library said."""
         assert config.model is not None
-        library.initialize()
+        binding.initialize()
         self.path = first_split(config.model.expanduser())
         if not self.path.is_file():
             raise ModelLoadFailure(f"{self.path} is not a file")
@@ -51,10 +51,10 @@ class LlamaModel:
         params.main_gpu = config.main_gpu
         params.split_mode = _SPLIT_MODES[config.split_mode]
         params.load_mode = _LOAD_MODES[config.mmap, config.mlock]
-        library.take_errors()
+        binding.take_errors()
         handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
         if not handle:
-            reason = library.take_errors() or "the library gave no reason"
+            reason = binding.take_errors() or "the library gave no reason"
             raise ModelLoadFailure(f"can't load {self.path}: {reason}")
         self.handle: Any = handle
         self.vocab: Any = lib.llama_model_get_vocab(handle)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from wingman.config import ContextConfig, ModelConfig
-from wingman.engine.llama import library
+from wingman.engine.llama import binding
+from wingman.engine.llama.binding import lib
 from wingman.engine.llama.context import LlamaContext
-from wingman.engine.llama.library import lib
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.sampler import Sampler
 from wingman.engine.runner import Batch, Samples, Tokenizer
@@ -103,7 +103,7 @@ class LlamaRunner:
             eos_token=tokenizer.special_text(int(lib.llama_vocab_eos(model.vocab))),
             adds_bos=bool(lib.llama_vocab_get_add_bos(model.vocab)),
             chat_template=model.chat_template(),
-            build=library.build_info(),
+            build=binding.build_info(),
             system_info=lib.llama_print_system_info().decode("utf-8", "replace"),
             max_piece_bytes=tokenizer.max_piece_bytes,
             can_shift=bool(lib.llama_memory_can_shift(self._context.memory)),

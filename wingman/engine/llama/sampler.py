@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from wingman.config import SamplingParams
-from wingman.engine.llama.library import lib
+from wingman.engine.llama.binding import lib
 
 MIROSTAT_M = 100
 """Tokens Mirostat 1 estimates from, as in llama-server."""
