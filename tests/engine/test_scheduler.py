@@ -258,11 +258,8 @@ def test_unified_cache_ends_one_job_when_full_never_all() -> None:
     machine.add(1, [1, 4, 4, 4])
     machine.add(2, [1, 5, 5, 5], n_predict=14)
     machine.run()
-    assert list(machine.finished(2).tokens)[:4] == solo_output([1, 5, 5, 5], 14, 24)[:4]
-    ends = [e for e in machine.events if isinstance(e, Finished)]
-    assert {e.job_id for e in ends} == {1, 2}
-    assert sum(e.truncated for e in ends) <= 2
-    assert any(len(e.tokens) + e.n_prompt > 12 for e in ends), "the survivor uses what the other left"
+    assert list(machine.finished(2).tokens) == solo_output([1, 5, 5, 5], 14, 24)
+    assert (machine.finished(1).truncated, machine.finished(2).truncated) == (True, False)
 
 
 def test_in_a_unified_cache_a_newcomer_waits_rather_than_cut_a_neighbour_off() -> None:

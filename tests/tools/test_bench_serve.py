@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import socketserver
 import subprocess
@@ -350,7 +349,6 @@ class TestRounds:
             bench_serve.measure_all([stubborn], settings(start_timeout_s=0.5))
         assert not children()
 
-    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
     def test_servers_end_when_the_benchmark_is_ended(self, fake: Path) -> None:
         link = fake.with_name("llama-server")
         link.write_text(f'#!/bin/sh\nexec {sys.executable} {fake} "$@"\n')
