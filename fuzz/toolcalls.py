@@ -29,7 +29,7 @@ _LITERALS = {text for format in FORMATS for text in (*format.preserved, *format.
 TOKENS = (
     *sorted(text.encode() for text in _LITERALS), *(text.encode() for text in THINK.texts),
     b'{"name": "f", "arguments": {', b'{"s": "a"}', b'"parameters": {}', b"}}", b"}", b"[", b"]", b",", b";", b'"',
-    b"f", b"g\n", b">", b"\n", b" ", b"\\u00e9", b"<parameter=s>\n", b"\n</parameter>", b"</arg_key><arg_value>", 
+    b"f", b"g\n", b">", b"\n", b" ", b"\\u00e9", b"<parameter=s>\n", b"\n</parameter>", b"</arg_key><arg_value>",
     b"</arg_value>", b"<|message|>", b"</function>", b"```json\n", b"```", b">>>all\n", "\u00e9".encode(),
 )  # fmt: skip
 

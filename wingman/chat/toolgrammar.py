@@ -9,9 +9,10 @@ GBNF as in llama.cpp's grammars/README.md. Pure.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from wingman.chat.constraint import schema_rules
 from wingman.chat.formats import (
     Arguments,
     CallId,
@@ -23,11 +24,10 @@ from wingman.chat.formats import (
     Parameters,
     Space,
 )
+from wingman.chat.grammar import check_grammar
 from wingman.chat.reasoning import ReasoningTags
 from wingman.chat.tools import Tool
-
-SchemaRules = Callable[[Any, str], str]
-"""`schema_rules(schema, prefix)`: rules of which one is called `prefix`; all others begin with `prefix-`."""
+from wingman.errors import InvalidRequest
 
 _SPACE: Final = r"space ::= [ \n]{0,8}"
 """Bounded: a model in doubt writes white space for ever."""
@@ -39,7 +39,6 @@ def call_grammar(
     *,
     parallel: bool,
     required: bool,
-    schema_rules: SchemaRules,
     tags: ReasoningTags | None = None,
     starts_in_reasoning: bool = False,
 ) -> str:
@@ -62,11 +61,13 @@ def call_grammar(
     if thoughts and tags:
         rules += _until("thoughts", tags.close)
     for index, tool in enumerate(tools):
-        rules += _tool_rules(body, tool, f"tool-{index}", schema_rules)
+        rules += _tool_rules(body, tool, f"tool-{index}")
     for element in body:
         if isinstance(element, Parameters):
             rules += _until("text", _end(element))
-    return "\n".join((*rules, _SPACE))
+    text = "\n".join((*rules, _SPACE))
+    check_grammar(text, "tools", must_finish=False)
+    return text
 
 
 def _optional_thoughts(tags: ReasoningTags | None, *, inside: bool) -> str:
@@ -75,20 +76,26 @@ def _optional_thoughts(tags: ReasoningTags | None, *, inside: bool) -> str:
     return "thoughts" if inside else f"(space {_quote(tags.open)} thoughts)?"
 
 
-def _tool_rules(
-    elements: Sequence[Element], tool: Tool, name: str, schema_rules: SchemaRules
-) -> Iterator[str]:
+def _tool_rules(elements: Sequence[Element], tool: Tool, name: str) -> Iterator[str]:
     """The rule `name`, a call of `tool`, and those it uses."""
     yield f"{name} ::= " + " ".join(_element(element, tool, name) for element in elements)
     properties = tool.parameters.get("properties")
     for element in elements:
         if isinstance(element, Arguments | CallObject):
-            yield schema_rules(tool.parameters, f"{name}-arguments")
+            yield _schema_rules(tool, tool.parameters, f"{name}-arguments")
         elif isinstance(element, Parameters) and isinstance(properties, dict):
             for index, (key, schema) in enumerate(properties.items()):
                 yield from _parameter(element, tool, key, f"{name}-{index}")
                 if not tool.is_text(key):
-                    yield schema_rules(_with_definitions(schema, tool.parameters), f"{name}-{index}-value")
+                    value = _with_definitions(schema, tool.parameters)
+                    yield _schema_rules(tool, value, f"{name}-{index}-value")
+
+
+def _schema_rules(tool: Tool, schema: Any, prefix: str) -> str:
+    try:
+        return schema_rules(schema, prefix)
+    except InvalidRequest as refusal:
+        raise InvalidRequest(f"Field 'tools': tool {tool.name}: {refusal.message}", "tools") from None
 
 
 def _element(element: Element, tool: Tool, name: str) -> str:
