@@ -51,6 +51,7 @@ CALLS: dict[str, str] = {
     "qwen3-coder": (
         "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>"
     ),
+    "seed-oss": "<seed:tool_call>\n<function=weather>\n<parameter=city>Rome</parameter>\n</function>\n</seed:tool_call>",
     "glm-4.5": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call>",
     "harmony": '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}',
     "apriel": f"<tool_calls>[{OBJECT}]</tool_calls>",
@@ -381,7 +382,9 @@ def test_any_arguments_arrive_as_written(name: str, value: dict[str, Any], ascii
     assert message == ParsedMessage("", "", (ParsedCall("weather", arguments),))
 
 
-@given(st.sampled_from(["qwen3-coder", "glm-4.5"]), st.text(st.characters(exclude_categories=["Cs"])))
+@given(
+    st.sampled_from(["qwen3-coder", "seed-oss", "glm-4.5"]), st.text(st.characters(exclude_categories=["Cs"]))
+)
 def test_any_text_parameter_arrives_as_json(name: str, city: str) -> None:
     if "</" in city:
         return

@@ -163,6 +163,20 @@ def _json_list(
     )
 
 
+def _tagged(name: str, opening: str, closing: str, *, padded: bool) -> OutputFormat:
+    """<function=NAME> with <parameter=KEY>VALUE</parameter>, between `opening` and `closing`."""
+    return OutputFormat(
+        name,
+        (
+            *(_maybe(opening), _SPACE, _text("<function="), _NAME, _text(">"), _SPACE),
+            Parameters("<parameter=", (">",), "</parameter>", padded=padded),
+            *(_SPACE, _text("</function>"), _SPACE, _text(closing)),
+        ),
+        triggers=(opening,),
+        call_ends_reasoning=True,
+    )
+
+
 _SPACE: Final = Space()
 _NAME: Final = Name()
 _ARGUMENTS: Final = Arguments()
@@ -229,17 +243,9 @@ DEEPSEEK_V3_1: Final = OutputFormat(
     closing=_DEEPSEEK_CLOSING,
     triggers=_DEEPSEEK_OPENING[0].texts,
 )
-QWEN3_CODER: Final = OutputFormat(
-    "qwen3-coder",
-    (
-        *(_maybe("<tool_call>"), _SPACE, _text("<function="), _NAME, _text(">"), _SPACE),
-        Parameters("<parameter=", (">",), "</parameter>", padded=True),
-        *(_SPACE, _text("</function>"), _SPACE, _text("</tool_call>")),
-    ),
-    triggers=("<tool_call>",),
-    call_ends_reasoning=True,
-)
+QWEN3_CODER: Final = _tagged("qwen3-coder", "<tool_call>", "</tool_call>", padded=True)
 """Also Qwen 3.5, Nemotron 3 Nano, Step 3.5 Flash; some leave the first `<tool_call>` out."""
+SEED: Final = _tagged("seed-oss", "<seed:tool_call>", "</seed:tool_call>", padded=False)
 GLM: Final = OutputFormat(
     "glm-4.5",
     (
@@ -280,6 +286,7 @@ _TEMPLATES: Final = (
     (("<|START_ACTION|>",), COMMAND_R7B),
     ((_DEEPSEEK_SEP, "```json"), DEEPSEEK_R1),
     ((_DEEPSEEK_SEP,), DEEPSEEK_V3_1),
+    (("<seed:tool_call>",), SEED),
     (("<tool_call>", "<function=", "<parameter="), QWEN3_CODER),
     (("<tool_call>", "<arg_key>"), GLM),
     (("<function=",), FUNCTIONARY_V3_1),
