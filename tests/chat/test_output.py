@@ -51,7 +51,9 @@ CALLS: dict[str, str] = {
     "qwen3-coder": (
         "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>"
     ),
-    "seed-oss": "<seed:tool_call>\n<function=weather>\n<parameter=city>Rome</parameter>\n</function>\n</seed:tool_call>",
+    "seed-oss": (
+        "<seed:tool_call>\n<function=weather>\n<parameter=city>Rome</parameter>\n</function></seed:tool_call>"
+    ),
     "glm-4.5": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call>",
     "harmony": '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}',
     "apriel": f"<tool_calls>[{OBJECT}]</tool_calls>",
