@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from fuzz.mutate import Mutator, Target, corpus_dir, read_corpus, run
 
-TARGETS = ("bodies", "http1", "sse")
+TARGETS = ("bodies", "http1", "sse", "templates")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

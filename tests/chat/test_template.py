@@ -14,7 +14,7 @@ from wingman.chat.template import CHATML, ChatTemplate, FamilyTemplate, Renderin
 from wingman.engine.llama.families import apply_family, family_names
 from wingman.errors import ConfigurationError, InvalidRequest
 
-HI = [{"role": "user", "content": "hi"}]
+HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 OPEN = "{% if add_generation_prompt %}<a>{% endif %}"
 LOOP = "{% for m in messages %}<{{ m.role }}>"
 END = "{% endfor %}" + OPEN
@@ -282,6 +282,7 @@ def test_bos_is_not_repeated() -> None:
         "{{ '{0.__class__}'.format(messages) }}",
         "{{ messages | map(attribute='__class__') | first }}{{ ''.x.y() }}",
         "{{ 'x'.center(9) }}",
+        "{{ (1).to_bytes(9) }}",
         "{{ '%999999999d' % 1 }}",
     ],
 )
@@ -313,14 +314,30 @@ def test_nothing_of_ours_is_in_reach(source: str) -> None:
         "{% set ns = namespace(s=['x']) %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
         "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}"
         "{% endfor %}",
+        *(
+            "{% set ns = namespace(a='x', b='y') %}{% for i in range(99) %}{% set ns.a = [ns.a, ns.a] %}"
+            "{% set ns.b = {'x': ns.b, 'y': ns.b} %}{% endfor %}" + use
+            for use in (
+                "{{ ns.a }}",
+                "{{ ns.b | tojson }}",
+                "{{ ns.b | string }}",
+                "{{ ns.a == ns.b }}",
+                "{{ ns.a is eq(ns.b) }}",
+                "{{ [ns.a] | sort }}",
+                "{{ 'x' + ns.a }}",
+            )
+        ),
+        "{{ ('x ' * 4000000).split() }}",
+        "{{ ('x' * 4000000) | list }}",
+        "{{ ('{}' * 9000).format(*(['x' * 9000] * 9000)) }}",
         "{% set ns = namespace(s=7) %}{% for i in range(99) %}{% set ns.s = ns.s * ns.s %}{% endfor %}",
         "{% set s = 'x' * 9000000 %}{% for i in range(90000) %}{% set t = s[1:] %}{% endfor %}",
         "{% set s = 'x' * 9000000 %}{% for i in range(90000) %}{% set t = 'y' in s %}{% endfor %}",
     ],
 )
 def test_the_work_of_a_render_is_bounded(source: str) -> None:
-    with pytest.raises(InvalidRequest):
-        ChatTemplate(source).render(HI, Rendering())
+    with pytest.raises(InvalidRequest, match=r"too much work|can't render"):
+        ChatTemplate(source, budget=200_000).render(HI, Rendering())
 
 
 def test_a_long_conversation_is_within_the_bounds() -> None:
@@ -387,10 +404,9 @@ MESSAGES = st.lists(st.fixed_dictionaries(MESSAGE_FIELDS, optional=OPTIONAL_FIEL
 def test_any_json_renders_or_is_refused(name: str, raw: list[Any], variables: dict[str, Any] | None) -> None:
     try:
         text = render(name, raw, variables=variables)
-    except InvalidRequest as refusal:
-        assert refusal.message
-    else:
-        assert isinstance(text, str)
+    except InvalidRequest:
+        return
+    assert isinstance(text, str)
 
 
 # -- built-in families ----------------------------------------------------------------------------

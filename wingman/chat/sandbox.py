@@ -3,8 +3,8 @@
 Templates come from model files and their data from clients, so both are hostile. They get a sandbox with
 a short list of methods and filters, and every loop turn, call, filter and printed character is paid
 from the budget of the render, so nested loops and growing strings end with OutOfBudget. Charges are
-written into the syntax tree before it is compiled: no tracing, no clock. What `==` and tests like
-`is in` do with large values is not charged by their size.
+written into the syntax tree before it is compiled: no tracing, no clock. Not charged by size is what
+templates hardly do: hashing nested tuples, and comparing in the tests of `select`.
 
 The semantics are those of transformers' apply_chat_template, for which templates are written, with the
 leniency of llama.cpp's own jinja engine, with which they are tested: what is missing counts as empty,
@@ -15,23 +15,26 @@ Pure but for `strftime_now`; environments are shared by threads.
 
 from __future__ import annotations
 
+import html
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from jinja2 import ChainableUndefined, Template, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, StrictUndefined, Undefined
+from jinja2.runtime import Context, LoopContext, StrictUndefined, Undefined
 from jinja2.sandbox import SandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_TEXT: Final = 16 * 1024 * 1024
 """Longest text and list, also in between: no context is as long, and a template could multiply its input."""
 MAX_COST: Final = 5_000_000
-"""What a render may cost, in turns of an empty loop; about two seconds."""
+"""What a render may cost, in turns of an empty loop: a few seconds. Some templates look at every message for
+every message: they reach it with some 2000 messages."""
 PROBE_COST: Final = 50_000
 """The same for a conversation of a few messages."""
 _CHARS_PER_TURN: Final = 2048
@@ -48,7 +51,7 @@ _METER: Final = " meter"  # a template can't write a name with a space
 _STEP: Final = " step"
 _CONCAT: Final = " concat"
 _SLICE: Final = " slice"
-_SEARCHED: Final = " searched"
+_COMPARED: Final = " compared"
 
 _METHODS: Final[Mapping[type, frozenset[str]]] = {
     str: frozenset(
@@ -56,15 +59,22 @@ _METHODS: Final[Mapping[type, frozenset[str]]] = {
         "lstrip removeprefix removesuffix replace rfind rpartition partition rsplit rstrip split splitlines "
         "startswith strip title upper".split()
     ),
-    list: frozenset("append count index pop".split()),
-    tuple: frozenset("count index".split()),
-    dict: frozenset("get items keys values".split()),
+    list: frozenset({"append", "pop"}),
+    dict: frozenset({"get", "items", "keys", "values"}),
+    LoopContext: frozenset(
+        "index index0 revindex revindex0 first last length depth depth0 previtem nextitem cycle".split()
+    ),
 }
-"""What templates may call. Lists can grow, unlike in transformers: some templates need it."""
+"""What templates may use of values. Lists can grow, unlike in transformers: some templates need it."""
 _LIBRARY_FILTERS: Final = (
-    "abs capitalize count dictsort e escape first float groupby int last length list lower map max min reject "
-    "rejectattr reverse round select selectattr sort string title trim truncate unique upper urlencode wordcount"
+    "abs capitalize count dictsort first float groupby int last length list lower map max min reject rejectattr "
+    "reverse round select selectattr sort title trim truncate unique upper wordcount"
 ).split()
+_DEEP_FILTERS: Final = frozenset("groupby max min sort unique".split())
+"""Those that compare what is in lists."""
+_LISTING_FILTERS: Final = _DEEP_FILTERS | frozenset("list map reject select".split())
+"""Those that would make a list of the characters of a text."""
+_SPLITTING: Final = frozenset({"split", "rsplit", "splitlines"})
 _PLAIN: Final = SandboxedEnvironment()
 """Where the library's own filters are found."""
 
@@ -98,6 +108,31 @@ class Meter:
             raise OutOfBudget
         return value
 
+    def weigh(self, value: Any) -> None:
+        """Pay for everything within a value: a list that twice holds a list that ... is large."""
+        left = [value]
+        while left:
+            item = left.pop()
+            self.charge(1, len(item) if isinstance(item, str) else 0)
+            if isinstance(item, Mapping):
+                left += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple):
+                left += item
+
+    def text(self, value: Any) -> str:
+        """What a value is in text. Missing values are nothing."""
+        if isinstance(value, Mapping | list | tuple):
+            self.weigh(value)
+        elif not isinstance(value, str | int | float):
+            return ""
+        return str(self.check(value))
+
+    def join(self, separator: str, items: Iterable[Any]) -> str:
+        """The texts of the items in one. Raises OutOfBudget before it is made."""
+        texts = [self.text(item) for item in items]
+        _limit(sum(map(len, texts)) + len(separator) * len(texts))
+        return str(self.check(separator.join(texts)))
+
 
 def compile_template(source: str) -> Template:
     """The template, to be rendered with `generate`. Raises anything jinja2 does."""
@@ -106,7 +141,7 @@ def compile_template(source: str) -> Template:
     return environment.from_string(tree)
 
 
-def run_template(template: Template, variables: Mapping[str, Any], budget: int = MAX_COST) -> str:
+def run_template(template: Template, variables: Mapping[str, Any], budget: int) -> str:
     """The output. Raises OutOfBudget, TemplateRefusal, or anything else on unexpected data."""
     meter = Meter(budget)
     parts = []
@@ -157,9 +192,21 @@ class _Metering(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         for operand in node.ops:
-            if operand.op in ("in", "notin"):
-                operand.expr = self._filter(operand.expr, _SEARCHED)
+            is_search = operand.op in ("in", "notin")
+            if is_search or not isinstance(node.expr, nodes.Const):
+                operand.expr = self._compared(operand.expr, is_search)
         return node
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.args = [self._compared(argument, False) for argument in node.args]
+        return node
+
+    def _compared(self, value: nodes.Expr, is_search: bool) -> nodes.Expr:
+        """The right side of a comparison, paid for; a literal costs next to nothing."""
+        if isinstance(value, nodes.Const):
+            return value
+        return self._filter(value, _COMPARED, [nodes.Const(is_search)])
 
     def _charged(self, node: Any) -> nodes.Node:
         """The node with its text paid for whenever its body runs."""
@@ -210,21 +257,22 @@ class _Environment(SandboxedEnvironment):
         }
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        allowed = _METHODS.get(type(obj))
-        return super().is_safe_attribute(obj, attr, value) if allowed is None else attr in allowed
+        if isinstance(obj, Undefined | Namespace):
+            return super().is_safe_attribute(obj, attr, value)
+        return attr in _METHODS.get(type(obj), ())
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         return StrictUndefined(f"{attribute} is not allowed", exc=SecurityError)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if isinstance(obj, dict) and attribute in obj and attribute not in _METHODS[dict]:
-            return obj[attribute]  # jinja2 would take a method that is then refused, like `copy`
+        if isinstance(obj, dict) and attribute not in _METHODS[dict]:  # jinja2 would try `dict.copy` first
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         meter: Meter = context[_METER]
         if operator == "+":
-            return meter.check(_add(left, right))
+            return meter.check(_add(meter, left, right))
         if operator == "*":
             _limit(_repeated_size(left, right))
         elif operator != "-" and not isinstance(left, int | float):
@@ -238,28 +286,21 @@ class _Environment(SandboxedEnvironment):
         meter.charge(_CALL)
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
-            meter.charge(0, len(owner))
-            special = _STRING_CALLS.get(__obj.__name__)
-            if special is not None:
-                named = {key: item for key, item in kwargs.items() if not key.startswith("_")}  # jinja2's own
-                return meter.check(special(owner, *args, **named))
+            named = {key: item for key, item in kwargs.items() if not key.startswith("_")}  # jinja2's own
+            return meter.check(_call_text(meter, owner, __obj, args, named))
         return super().call(__context, __obj, *args, **kwargs)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None or isinstance(value, Undefined) else str(value)
 
 
 @pass_context
 def _finalize(context: Context, value: Any) -> Any:
     """What `{{ value }}` prints."""
-    return context[_METER].check(_text(value))
+    return context[_METER].text(value)
 
 
-def _add(left: Any, right: Any) -> Any:
+def _add(meter: Meter, left: Any, right: Any) -> Any:
     """`+`, which also joins text to anything."""
     if isinstance(left, str) or isinstance(right, str):
-        return _text(left) + _text(right)
+        return meter.text(left) + meter.text(right)
     return left + right
 
 
@@ -268,30 +309,39 @@ def _repeated_size(left: Any, right: Any) -> int:
     return 0 if all(isinstance(item, int | float) for item in (left, right)) else int(sizes[0] * sizes[1])
 
 
-def _replace(text: str, old: Any, new: Any, count: int = -1) -> str:
-    old, new = _text(old), _text(new)
+# -- methods of texts -----------------------------------------------------------------------------
+
+
+def _call_text(meter: Meter, text: str, method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a method of `text`. Raises OutOfBudget before a much larger value is made."""
+    meter.charge(0, len(text))
+    name = method.__name__
+    if name in _STRING_CALLS:
+        return _STRING_CALLS[name](meter, text, *args, **kwargs)
+    if name in _SPLITTING:
+        _limit(text.count(args[0]) * _ITEM if args and args[0] else len(text) * 4)
+    return method(*args, **kwargs)
+
+
+def _replace(meter: Meter, text: str, old: Any, new: Any, count: int = -1) -> str:
+    old, new = meter.text(old), meter.text(new)
     found = text.count(old) if old else len(text) + 1
     _limit(len(text) + found * len(new))
     return text.replace(old, new, count)
 
 
-def _join_text(separator: str, items: Any) -> str:
-    texts = [_text(item) for item in items]
-    _limit(sum(map(len, texts)) + len(separator) * len(texts))
-    return separator.join(texts)
-
-
-def _format(text: str, *args: Any, **kwargs: Any) -> str:
+def _format(meter: Meter, text: str, *args: Any) -> str:
     """`{}` only: the library's format could reach attributes and make any width."""
     pieces = text.split("{}")
-    if kwargs or len(args) < len(pieces) - 1 or any("{" in piece or "}" in piece for piece in pieces):
+    if len(args) < len(pieces) - 1 or any("{" in piece or "}" in piece for piece in pieces):
         raise SecurityError("only plain {} can be formatted")
-    return pieces[0] + "".join(_text(arg) + piece for arg, piece in zip(args, pieces[1:], strict=False))
+    filled = (part for pair in zip(pieces, (*args, ""), strict=False) for part in pair)
+    return meter.join("", filled)
 
 
 _STRING_CALLS: Final[Mapping[str, Callable[..., str]]] = {
     "replace": _replace,
-    "join": _join_text,
+    "join": lambda meter, text, items: meter.join(text, items),
     "format": _format,
 }
 """Methods whose result may be much longer than the text."""
@@ -305,6 +355,10 @@ def _metered(name: str) -> Callable[..., Any]:
     def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = context[_METER]
         meter.charge(_CALL, len(value) * _ITEM if hasattr(value, "__len__") else 0)
+        if name in _LISTING_FILTERS and isinstance(value, str):
+            _limit(len(value) * _ITEM)
+        if name in _DEEP_FILTERS:
+            meter.weigh(value)
         made = _PLAIN.call_filter(name, value, args, kwargs, context=context)
         return meter.check(list(made) if isinstance(made, Iterator) else made)
 
@@ -319,7 +373,7 @@ def _step(context: Context, turns: int) -> str:
 
 @pass_context
 def _concat(context: Context, items: list[Any]) -> Any:
-    return context[_METER].check(_join_text("", items))
+    return context[_METER].join("", items)
 
 
 @pass_context
@@ -328,22 +382,24 @@ def _slice(context: Context, value: Any, *bounds: Any) -> Any:
 
 
 @pass_context
-def _searched(context: Context, value: Any) -> Any:
-    """The right side of `in`."""
-    context[_METER].charge(0, len(value) if isinstance(value, str | list | tuple) else 0)
+def _compared(context: Context, value: Any, is_search: bool) -> Any:
+    """The right side of `==` and the like, or of `in`, which doesn't look at all of a mapping."""
+    if not (is_search and isinstance(value, Mapping)):
+        context[_METER].weigh(value)
     return value
 
 
 @pass_context
 def _replace_filter(context: Context, value: Any, old: Any, new: Any, count: int = -1) -> Any:
-    return context[_METER].check(_replace(_text(value), old, new, count))
+    meter: Meter = context[_METER]
+    return meter.check(_replace(meter, meter.text(value), old, new, count))
 
 
 @pass_context
 def _join_filter(context: Context, value: Any, d: str = "", attribute: Any = None) -> Any:
     if attribute is not None:
         value = context.environment.call_filter("map", value, (), {"attribute": attribute}, context=context)
-    return context[_METER].check(_join_text(d, value))
+    return context[_METER].join(d, value)
 
 
 @pass_context
@@ -359,6 +415,7 @@ def _to_json(
     """JSON text, as in transformers: not escaped for HTML."""
     if indent is not None and indent > _MAX_INDENT:
         raise OutOfBudget
+    context[_METER].weigh(value)
     text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_null
     )  # fmt: skip
@@ -378,9 +435,21 @@ def _indent(
 ) -> Any:
     if (width if isinstance(width, int) else len(width)) > _MAX_INDENT:
         raise OutOfBudget
-    return context[_METER].check(
-        _PLAIN.call_filter("indent", _text(value), (width, first, blank), context=context)
+    meter: Meter = context[_METER]
+    return meter.check(
+        _PLAIN.call_filter("indent", meter.text(value), (width, first, blank), context=context)
     )
+
+
+@pass_context
+def _string(context: Context, value: Any) -> str:
+    """Also `safe`, as nothing is escaped. Here None is a word, unlike where it is printed."""
+    return "None" if value is None else str(context[_METER].text(value))
+
+
+@pass_context
+def _escape(context: Context, value: Any) -> Any:
+    return context[_METER].check(html.escape(context[_METER].text(value)))
 
 
 def _default(value: Any, default_value: Any = "", boolean: bool = False) -> Any:
@@ -397,14 +466,17 @@ _FILTERS: Final[dict[str, Callable[..., Any]]] = {
     _STEP: _step,
     _CONCAT: _concat,
     _SLICE: _slice,
-    _SEARCHED: _searched,
+    _COMPARED: _compared,
     "d": _default,
     "default": _default,
+    "e": _escape,
+    "escape": _escape,
     "indent": _indent,
     "items": _items,
     "join": _join_filter,
     "replace": _replace_filter,
-    "safe": _text,
+    "safe": _string,
+    "string": _string,
     "tojson": _to_json,
 }
 

@@ -21,7 +21,14 @@ from wingman.chat.capabilities import (
     probe_reasoning,
 )
 from wingman.chat.dialects import dialect_of
-from wingman.chat.sandbox import PROBE_COST, OutOfBudget, TemplateRefusal, compile_template, run_template
+from wingman.chat.sandbox import (
+    MAX_COST,
+    PROBE_COST,
+    OutOfBudget,
+    TemplateRefusal,
+    compile_template,
+    run_template,
+)
 from wingman.errors import ConfigurationError, InvalidRequest
 
 CHATML: Final = (
@@ -86,9 +93,10 @@ class Template(Protocol):
 class ChatTemplate:
     """A compiled template; `render` may be called from several threads."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, budget: int = MAX_COST) -> None:
         """Compile and probe. Raises ConfigurationError when the text is no valid template."""
         self.source = source
+        self._budget = budget
         for refused, patch in _PATCHES:
             source = source.replace(refused, patch)
         try:
@@ -131,7 +139,7 @@ class ChatTemplate:
             adapted = _adapt(messages, self.caps)
             if self._dialect.rewrite is not None:
                 adapted = self._dialect.rewrite(adapted)
-            return run_template(self._template, self._variables(adapted, rendering))
+            return run_template(self._template, self._variables(adapted, rendering), self._budget)
         except TemplateRefusal as error:
             message = f"the model's chat template refuses this conversation: {error}"
             raise InvalidRequest(message, "messages") from None
