@@ -135,7 +135,7 @@ class Meter:
 
 
 def compile_template(source: str) -> Template:
-    """The template, to be rendered with `generate`. Raises anything jinja2 does."""
+    """The template, for `run_template`. Raises anything jinja2 does."""
     environment = _Environment()
     tree = _Metering(environment).visit(environment.parse(source))
     return environment.from_string(tree)
