@@ -6,16 +6,42 @@ routing, error table, CORS. Runs on the loop thread.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, Final, TypeVar
+
+import orjson
 
 from protocol import Limits
-from wingman.api import chat, completions, models, ops, slots, tokens
+from wingman.api import (
+    chat,
+    completions,
+    embeddings,
+    infill,
+    lora,
+    models,
+    ops,
+    replies,
+    slots,
+    tokens,
+)
 from wingman.api.errors import error_response, protocol_error_response
+from wingman.api.openapi import Description, openapi_document
+from wingman.api.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    InfillRequest,
+    LoraScale,
+    RerankRequest,
+    SlotFileRequest,
+    TokenizeRequest,
+)
 from wingman.config import Config, ServerConfig
 from wingman.errors import ConfigurationError, NotFound, Unauthenticated, WingmanError
 from wingman.http.access import Cors, Keys
@@ -29,9 +55,58 @@ Endpoint = Callable[[Request], Answer | Awaitable[Answer]]
 A = TypeVar("A", Response, EventStream, Answer)
 ModelEndpoint = Callable[[ServedModel, Request], Answer | Awaitable[Answer]]
 
-PUBLIC = frozenset({"/health", "/v1/health", "/live", "/ready"})
+PUBLIC: Final = frozenset({"/health", "/v1/health", "/live", "/ready"})
 """Paths that need no key, as in llama-server, and our probes."""
 _REQUEST_ID = re.compile(r"^[\w.:/+=@-]{1,128}$", re.ASCII)
+
+_VECTORS: Final = (replies.Embeddings, list[replies.NativeEmbedding])
+_RANKS: Final = (replies.Ranking, list[replies.TextRank])
+_COMPLETIONS: Final = (replies.Completion, list[replies.Completion])
+_SLOT_CHANGES: Final = (replies.SlotErased, replies.SlotSaved, replies.SlotRestored)
+_TOKENS: Final = (replies.Tokens, replies.TokenPieces)
+
+MODEL_ROUTES: Final[tuple[tuple[str, tuple[str, ...], ModelEndpoint, Any, Any], ...]] = (
+    # method, paths, endpoint, body, reply
+    ("GET", ("/health", "/v1/health"), slots.get_health, None, replies.Health),
+    ("GET", ("/slots",), slots.get_slots, None, list[replies.Slot]),
+    ("POST", ("/slots/{id}",), slots.change_slot, SlotFileRequest, _SLOT_CHANGES),
+    ("GET", ("/props",), models.get_props, None, replies.Props),
+    ("POST", ("/props",), models.set_props, None, replies.Success),
+    ("GET", ("/models", "/v1/models"), models.list_models, None, replies.Models),
+    ("GET", ("/models/{id}", "/v1/models/{id}"), models.get_model, None, replies.Model),
+    ("POST", ("/completion", "/completions"), completions.complete, CompletionRequest, _COMPLETIONS),
+    ("POST", ("/v1/completions",), completions.complete_text, CompletionRequest, replies.TextCompletion),
+    ("POST", ("/chat/completions", "/v1/chat/completions"), chat.chat, ChatRequest, replies.ChatCompletion),
+    ("POST", ("/apply-template",), chat.apply_template, ChatRequest, replies.Prompt),
+    (
+        "POST",
+        ("/chat/completions/input_tokens", "/v1/chat/completions/input_tokens"),
+        chat.input_tokens,
+        ChatRequest,
+        replies.InputTokens,
+    ),
+    ("POST", ("/infill",), infill.infill, InfillRequest, _COMPLETIONS),
+    ("POST", ("/embedding", "/embeddings", "/v1/embeddings"), embeddings.embed, EmbeddingRequest, _VECTORS),
+    (
+        "POST",
+        ("/rerank", "/reranking", "/v1/rerank", "/v1/reranking"),
+        embeddings.rerank,
+        RerankRequest,
+        _RANKS,
+    ),
+    ("POST", ("/tokenize",), tokens.tokenize, TokenizeRequest, _TOKENS),
+    ("POST", ("/detokenize",), tokens.detokenize, DetokenizeRequest, replies.Content),
+    ("GET", ("/lora-adapters",), lora.list_adapters, None, list[replies.LoraAdapter]),
+    ("POST", ("/lora-adapters",), lora.set_adapters, list[LoraScale], replies.Success),
+)
+"""Every route that needs the loaded model."""
+_STREAMING: Final = frozenset({completions.complete, completions.complete_text, chat.chat, infill.infill})
+_QUERIES: Final[dict[str, tuple[str, ...]]] = {
+    "/health": ("include_slots", "fail_on_no_slot"),
+    "/v1/health": ("include_slots", "fail_on_no_slot"),
+    "/slots": ("fail_on_no_slot",),
+    "/slots/{id}": ("action",),
+}
 
 
 class App:
@@ -49,38 +124,65 @@ class App:
         self._router = self._routes()
         self.is_draining = False
 
+    def _own_routes(self) -> tuple[tuple[str, Endpoint, Any], ...]:
+        """Every route that needs none: path of a GET, endpoint, reply."""
+        return (
+            ("/live", ops.get_live, replies.Status),
+            ("/ready", self._ready, replies.Status),
+            ("/metrics", self._metrics, None),
+            ("/openapi.json", self._openapi, dict[str, Any]),
+        )
+
     def _routes(self) -> Router[Endpoint]:
-        """Every route there is."""
         router: Router[Endpoint] = Router()
-        served = self._served_by
-        for method, path, endpoint in (
-            ("GET", "/live", ops.get_live),
-            ("GET", "/ready", lambda _: ops.get_ready(self._residency)),
-            ("GET", "/health", served(slots.get_health)),
-            ("GET", "/v1/health", served(slots.get_health)),
-            ("GET", "/slots", served(slots.get_slots)),
-            ("GET", "/props", served(models.get_props)),
-            ("GET", "/metrics", self._metrics),
-            ("GET", "/models", served(models.list_models)),
-            ("GET", "/v1/models", served(models.list_models)),
-            ("GET", "/models/{id}", served(models.get_model)),
-            ("GET", "/v1/models/{id}", served(models.get_model)),
-            ("POST", "/completion", served(completions.complete)),
-            ("POST", "/completions", served(completions.complete)),
-            ("POST", "/v1/completions", served(completions.complete_text)),
-            ("POST", "/chat/completions", served(chat.chat)),
-            ("POST", "/v1/chat/completions", served(chat.chat)),
-            ("POST", "/tokenize", served(tokens.tokenize)),
-            ("POST", "/detokenize", served(tokens.detokenize)),
-        ):
-            router.add(method, path, endpoint)
+        for path, own, _ in self._own_routes():
+            router.add("GET", path, own)
+        for method, paths, endpoint, _, _ in MODEL_ROUTES:
+            for path in paths:
+                router.add(method, path, self._served_by(endpoint))
         return router
+
+    def describe(self) -> list[Description]:
+        """All routes, for /openapi.json."""
+        described = [
+            Description("GET", path, _summary(endpoint), _forms(reply), needs_key=path not in PUBLIC)
+            for path, endpoint, reply in self._own_routes()
+        ]
+        for method, paths, endpoint, body, reply in MODEL_ROUTES:
+            for path in paths:
+                streams, query = endpoint in _STREAMING, _QUERIES.get(path, ())
+                described.append(
+                    Description(
+                        method,
+                        path,
+                        _summary(endpoint),
+                        _forms(reply),
+                        body,
+                        streams,
+                        query,
+                        path not in PUBLIC,
+                    )
+                )
+        return described
 
     def _served_by(self, endpoint: ModelEndpoint) -> Endpoint:
         """An endpoint that needs the loaded model; refused with the reason while there is none."""
         return lambda request: endpoint(self._residency.served(), request)
 
+    def _ready(self, _: Request) -> Response:
+        """Whether a request sent now would be served."""
+        return ops.get_ready(self._residency)
+
+    def _openapi(self, _: Request) -> Response:
+        """This document."""
+        return Response(200, self._document())
+
+    @functools.cache  # noqa: B019 - one application a process
+    def _document(self) -> bytes:
+        return orjson.dumps(openapi_document(self.describe()))
+
     def _metrics(self, _: Request) -> Awaitable[Answer]:
+        """Prometheus text."""
         self._residency.served()
         return ops.get_metrics(self._collector, is_enabled=self._config.server.metrics)
 
@@ -132,6 +234,17 @@ class App:
     def _finish(self, request: Request, answer: A) -> A:
         headers = (*answer.headers, ("x-request-id", request.id), *self._cors.answer_headers(request.headers))
         return replace(answer, headers=headers)
+
+
+def _forms(reply: Any) -> tuple[Any, ...]:
+    if isinstance(reply, tuple):
+        return reply
+    return () if reply is None else (reply,)
+
+
+def _summary(endpoint: Callable[..., Any]) -> str:
+    """The first sentence of an endpoint's docstring."""
+    return " ".join((endpoint.__doc__ or "").split("\n\n")[0].split())
 
 
 def read_keys(config: ServerConfig) -> Keys:

@@ -30,13 +30,13 @@ _UNUSED_WITH_VALUE: Final = frozenset(
     --cpu-strict-batch --prio-batch --poll-batch --rope-scaling --rope-scale --rope-freq-base --rope-freq-scale
     --yarn-orig-ctx --yarn-ext-factor --yarn-attn-factor --yarn-beta-slow --yarn-beta-fast -dt --defrag-thold
     -lm --load-mode -lzm --lazy-mode --numa -dev --device -ot --override-tensor -ncmoe --n-cpu-moe -ncffn
-    --n-cpu-ffn -ts --tensor-split -fit --fit -fitt --fit-target -fitc --fit-ctx --override-kv --lora
-    --lora-scaled --control-vector --control-vector-scaled --log-file --log-colors -lv --verbosity
+    --n-cpu-ffn -ts --tensor-split -fit --fit -fitt --fit-target -fitc --fit-ctx
+    --control-vector --control-vector-scaled --log-file --log-colors -lv --verbosity
     --log-verbosity --sampler-seq --sampling-seq --grammar --grammar-file -j --json-schema -jf
     --json-schema-file -md --model-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min
-    --spec-draft-n-max --spec-type -ctxcp --ctx-checkpoints -cms -cram --cache-ram --cache-reuse --pooling -mm
-    --mmproj --tags --embd-normalize --path --api-prefix --tools -to --timeout --threads-http --slot-save-path
-    --reasoning-format --reasoning-effort --reasoning-budget --chat-template-kwargs --sleep-idle-seconds
+    --spec-draft-n-max --spec-type -ctxcp --ctx-checkpoints -cms -cram --cache-ram --cache-reuse -mm
+    --mmproj --tags --embd-normalize --path --api-prefix --tools -to --timeout --threads-http
+    --reasoning-effort --reasoning-budget --sleep-idle-seconds
     --models-max --models-dir -hf --hf-repo -hff --hf-file -hft --hf-token -mu --model-url --ssl-key-file
     --ssl-cert-file --media-path --kv-unified-per-slot --rpc""".split()
 )
@@ -44,9 +44,9 @@ _UNUSED_SWITCHES: Final = frozenset(
     """--list-devices -cmoe --cpu-moe --check-tensors --op-offload --no-op-offload --repack -nr --no-repack
     --no-host --offline --log-disable --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps
     --log-jsonl --perf --no-perf -e --escape --no-escape --backend-sampling -bs --warmup --no-warmup
-    --spm-infill -cb --cont-batching -nocb --no-cont-batching --embedding --embeddings --rerank --reranking
-    --props --ui --webui --no-ui --no-webui --prefill-assistant --no-prefill-assistant --cache-idle-slots
-    --no-cache-idle-slots --reuse-port --lora-init-without-apply --models-autoload --no-models-autoload""".split()
+    -cb --cont-batching -nocb --no-cont-batching
+    --ui --webui --no-ui --no-webui --prefill-assistant --no-prefill-assistant --cache-idle-slots
+    --no-cache-idle-slots --reuse-port --models-autoload --no-models-autoload""".split()
 )
 
 

@@ -9,6 +9,7 @@ llama-server, and so do the `LLAMA_ARG_*` names that work beside `WINGMAN_*`. Pa
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ SAMPLER_NAMES: Final = {
 _SAMPLER_ALIASES: Final = {
     "typical": "typ_p", "typicalp": "typ_p", "typp": "typ_p", "typ": "typ_p", "nucleus": "top_p", "temp": "temperature",
 }  # fmt: skip
+MAX_OVERRIDE_BYTES: Final = 127
+"""Longest key and longest text of a metadata override, as the native structure holds them."""
 KV_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 
@@ -119,6 +122,51 @@ def parse_logit_bias(text: str) -> tuple[tuple[int, float], ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class KvOverride:
+    """A metadata entry to be used instead of the file's."""
+
+    key: str
+    value: int | float | bool | str
+
+
+def parse_overrides(text: str) -> tuple[KvOverride, ...]:
+    """Comma-separated `KEY=TYPE:VALUE`, TYPE being int, float, bool or str, as in llama.cpp."""
+    return tuple(_parse_override(item) for item in parse_list(text))
+
+
+def _parse_override(text: str) -> KvOverride:
+    key, _, typed = text.partition("=")
+    kind, separator, value = typed.partition(":")
+    if not separator or not key or max(len(key.encode()), len(value.encode())) > MAX_OVERRIDE_BYTES:
+        raise ValueError(f"{text!r} is not KEY=TYPE:VALUE")
+    if kind == "bool" and value not in ("true", "false"):
+        raise ValueError("a bool is true or false")
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": "true".__eq__}
+    if kind not in kinds:
+        raise ValueError(f"no type is called {kind!r}")
+    return KvOverride(key, kinds[kind](value))
+
+
+def parse_object(text: str) -> tuple[tuple[str, Any], ...]:
+    """The items of a JSON object."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("not an object")  # noqa: TRY004 - a bad value of a flag
+    return tuple(found.items())
+
+
+def parse_loras(text: str) -> tuple[tuple[Path, float], ...]:
+    """Comma-separated adapter files, each at scale 1."""
+    return tuple((Path(item), 1.0) for item in parse_list(text))
+
+
+def parse_scaled_loras(text: str) -> tuple[tuple[Path, float], ...]:
+    """Comma-separated `FILE:SCALE`."""
+    pairs = (item.rpartition(":") for item in parse_list(text))
+    return tuple((Path(path), float(scale)) for path, _, scale in pairs)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Which weights, and where they go."""
 
@@ -143,6 +191,20 @@ class ModelConfig:
         parse=Path, metavar="FILE", help="file with a jinja2 chat template")  # fmt: skip
     jinja: bool = option(True, "--jinja", env="LLAMA_ARG_JINJA",
         help="render templates with jinja2; off: the built-in family that fits the template")  # fmt: skip
+    chat_template_kwargs: tuple[tuple[str, Any], ...] = option((), "--chat-template-kwargs",
+        env="LLAMA_ARG_CHAT_TEMPLATE_KWARGS", parse=parse_object, metavar="JSON",
+        help="variables for the chat template, a JSON object; requests add to it")  # fmt: skip
+    reasoning_format: str = option("auto", "--reasoning-format", env="LLAMA_ARG_REASONING_FORMAT",
+        choices=("none", "auto", "deepseek", "deepseek-legacy"),
+        help="what becomes of the model's thoughts; none: they stay in the content")  # fmt: skip
+    override_kv: tuple[KvOverride, ...] = option((), "--override-kv", parse=parse_overrides, repeatable=True,
+        metavar="KEY=TYPE:VALUE", help="metadata to use instead of the file's, comma-separated")  # fmt: skip
+    lora: tuple[tuple[Path, float], ...] = option((), "--lora", parse=parse_loras, repeatable=True,
+        metavar="FILES", help="LoRA adapters to load, comma-separated")  # fmt: skip
+    lora_scaled: tuple[tuple[Path, float], ...] = option((), "--lora-scaled", parse=parse_scaled_loras,
+        repeatable=True, metavar="FILE:SCALE", help="LoRA adapters with scales, after those of --lora")  # fmt: skip
+    lora_init_without_apply: bool = option(False, "--lora-init-without-apply",
+        help="load the adapters at scale 0; requests and /lora-adapters raise it")  # fmt: skip
     special: bool = option(False, "-sp", "--special", help="let special tokens appear in the output")
 
 
@@ -188,6 +250,20 @@ class ContextConfig:
     n_keep: int = option(0, "--keep", metavar="N", help="prompt tokens kept on a context shift; -1: all")
     reverse_prompt: tuple[str, ...] = option((), "-r", "--reverse-prompt", parse=lambda text: (text,),
         metavar="TEXT", repeatable=True, help="stop string used when a request names none")  # fmt: skip
+    embeddings: bool = option(False, "--embedding", "--embeddings", env="LLAMA_ARG_EMBEDDINGS",
+        help="make ready for embeddings at start, not at the first request for them")  # fmt: skip
+    pooling: str | None = option(None, "--pooling", env="LLAMA_ARG_POOLING",
+        choices=("none", "mean", "cls", "last", "rank"),
+        help="how token vectors become an embedding (default: what the model says, else mean)")  # fmt: skip
+    reranking: bool = option(False, "--rerank", "--reranking", env="LLAMA_ARG_RERANKING",
+        help="the same as --embeddings --pooling rank")  # fmt: skip
+    max_embed_tokens: int = option(2048, "--max-embed-tokens", metavar="TOKENS",
+        help="longest input of embeddings; 0: what the model was trained with")  # fmt: skip
+    max_embed_inputs: int = option(2048, "--max-embed-inputs", metavar="N",
+        help="inputs in one request for embeddings, documents in one for ranking")  # fmt: skip
+    max_probs: int = option(1024, "--max-probs", metavar="N",
+        help="alternatives reported with a token; more are cut to this")  # fmt: skip
+    spm_infill: bool = option(False, "--spm-infill", help="in infill put the suffix before the prefix")
     max_queue: int = option(64, "--max-queue", metavar="N",
         help="requests that may wait for a slot; more are answered 429")  # fmt: skip
     max_queue_tokens: int = option(262144, "--max-queue-tokens", metavar="TOKENS",
@@ -275,6 +351,9 @@ class ServerConfig:
     )
     slots: bool = option(True, "--slots", env="LLAMA_ARG_ENDPOINT_SLOTS", help="serve /slots")
     metrics: bool = option(False, "--metrics", env="LLAMA_ARG_ENDPOINT_METRICS", help="serve /metrics")
+    props: bool = option(False, "--props", env="LLAMA_ARG_ENDPOINT_PROPS", help="serve POST /props")
+    slot_save_path: Path | None = option(None, "--slot-save-path", parse=Path, metavar="DIR",
+        help="where slots are saved; without it they can't be")  # fmt: skip
     cors_origins: str = option("*", "--cors-origins", env="LLAMA_ARG_CORS_ORIGINS", metavar="ORIGINS",
         help="origins allowed by CORS, comma-separated; localhost: any local one")  # fmt: skip
     cors_methods: str = option("GET, POST, DELETE, OPTIONS", "--cors-methods", env="LLAMA_ARG_CORS_METHODS",
@@ -333,6 +412,9 @@ _BOUNDS: Final = {
     "threads_batch": (0, 1024),
     "n_predict": (-1, 2**31 - 1),
     "n_keep": (-1, 2**31 - 1),
+    "max_embed_tokens": (0, 2**20),
+    "max_embed_inputs": (1, 2**20),
+    "max_probs": (1, 2**20),
     "max_queue": (0, 2**31 - 1),
     "max_queue_tokens": (0, 2**31 - 1),
     "max_unread": (4096, 2**40),

@@ -13,6 +13,7 @@ import pytest
 from tests.support.runner import ScriptedRunner, solo_output
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.client import Engine
+from wingman.engine.runner import Samples
 from wingman.engine.types import Finished, Job, TextDelta
 from wingman.errors import ContextOverflow, InvalidRequest, Overloaded, SlowReader, Unavailable
 
@@ -70,9 +71,9 @@ async def test_the_queue_is_bounded_in_requests(engine: Engine) -> None:
         engine.submit(job(engine, [1, 9], n_predict=3))
     for stream in streams:
         async with stream:
-            await stream.result()
+            (await stream.results())[0]
     async with engine.submit(job(engine, [1, 9], n_predict=3)) as stream:
-        await stream.result()
+        (await stream.results())[0]
 
 
 async def test_the_queue_is_bounded_in_tokens(engine: Engine) -> None:
@@ -88,7 +89,7 @@ async def test_leaving_cancels_and_a_second_close_is_harmless(engine: Engine) ->
     stream.close()
     stream.close()
     async with engine.submit(job(engine, [1, 7], n_predict=1)) as other:
-        await other.result()
+        (await other.results())[0]
     assert (engine.n_running, engine.n_waiting) == (0, 0)
     assert all(not slot.is_busy for slot in engine.snapshot.slots)
 
@@ -102,7 +103,7 @@ async def test_unread_deltas_are_merged_and_bounded() -> None:
         stream.deliver(TextDelta(one.id, "x" * size, (5,), 1))
         stream.deliver(TextDelta(one.id, "y", (6,), 2))
     with pytest.raises(SlowReader, match="--max-unread"):
-        await stream.result()
+        await stream.results()
     assert engine.n_running + engine.n_waiting == 0
     await engine.close()
 
@@ -116,9 +117,9 @@ async def test_draining_refuses_new_jobs_and_ends_old_ones() -> None:
     await asyncio.sleep(0)
     with pytest.raises(Unavailable):
         engine.submit(job(engine, [1, 6]))
-    assert (await running.result()).stop_type.value == "limit"
+    assert ((await running.results())[0]).stop_type.value == "limit"
     with pytest.raises(Unavailable):
-        await waiting.result()
+        (await waiting.results())[0]
     await drain
     await engine.close()
 
@@ -132,4 +133,4 @@ class Endless(ScriptedRunner):
     def run(self, batch: Any) -> Any:
         time.sleep(0.001)  # as a real step would, so that the loop gets its turn
         samples = super().run(batch)
-        return {slot: max(token, 3) for slot, token in samples.items()}
+        return Samples({slot: max(token, 3) for slot, token in samples.tokens.items()})

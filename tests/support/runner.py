@@ -6,13 +6,24 @@ depend on its neighbours, on slots, on chunking or on cache reuse.
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Sequence
 
+from wingman.config import SamplingParams
 from wingman.engine.runner import Batch, KvRemove, KvShift, RunnerFailure, Samples
-from wingman.engine.types import ModelInfo
+from wingman.engine.types import Constraint, EmbeddingInfo, ModelInfo, PoolingType
 
 N_VOCAB = 300
 EOS = 2
+N_EMBED = 32
+
+
+class ScriptedParts:
+    """Has nothing to build."""
+
+    def prepare(self, params: SamplingParams, constraint: Constraint | None) -> None:
+        pass
 
 
 class ScriptedVocabulary:
@@ -48,7 +59,7 @@ def model_info(n_slots: int, n_ctx_slot: int) -> ModelInfo:
         n_embd=1, n_params=1, size_bytes=1, ftype="F32", vocab_type=1, n_slots=n_slots, bos_token="<1>",
         eos_token="<2>", adds_bos=True, chat_template=None, build="b-scripted", system_info="", can_shift=True,
         max_piece_bytes=3,
-        eog_tokens=(EOS,),
+        eog_tokens=(EOS,), embedding=EmbeddingInfo(PoolingType.MEAN, 1, N_EMBED),
     )  # fmt: skip
 
 
@@ -68,6 +79,8 @@ class ScriptedRunner:
         self.fail_at: set[int] = set()
         self.n_steps = 0
         self.is_closed = False
+        self.parts = ScriptedParts()
+        self.embedded: list[int] = []
 
     def run(self, batch: Batch) -> Samples:
         self.n_steps += 1
@@ -92,8 +105,29 @@ class ScriptedRunner:
             if chunk.wants_sample:
                 assert chunk.slot_id in self.has_sampler
                 samples[chunk.slot_id] = next_token(cache)
+        for fork in batch.forks:
+            assert not self.cache[fork.target], "a fork goes into an empty slot"
+            self.cache[fork.target] = list(self.cache[fork.source])
+            if fork.source in samples:
+                assert fork.target in self.has_sampler
+                samples[fork.target] = samples[fork.source]
         assert sum(map(len, self.cache)) <= self.n_ctx
-        return samples
+        return Samples(samples)
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
+        assert sum(map(len, inputs)) <= N_EMBED
+        self.embedded.append(len(inputs))
+        return [struct.pack("<f", sum(tokens)) for tokens in inputs]
+
+    def save_slot(self, slot_id: int) -> bytes:
+        return array("i", self.cache[slot_id]).tobytes()
+
+    def restore_slot(self, slot_id: int, state: bytes) -> bool:
+        self.cache[slot_id] = []
+        if len(state) % 4:
+            return False
+        self.cache[slot_id] = list(array("i", state))
+        return True
 
     def reset(self) -> None:
         self.cache = [[] for _ in self.cache]

@@ -1,116 +1,194 @@
-"""Chat: POST /chat/completions and /v1/chat/completions."""
+"""Chat: POST /chat/completions and /v1/chat/completions, /apply-template, /chat/completions/input_tokens."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+import secrets
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
 import orjson
 
 from wingman.api import shapes
-from wingman.api.completions import naming_of
-from wingman.api.generation import JobMaker, refuse_endless, refuse_unsupported, settings_of
+from wingman.api.naming import naming_of
+from wingman.api.probabilities import prob_items, shown_probs
 from wingman.api.schema import ChatRequest, parse_body
+from wingman.api.settings import settings_of
 from wingman.api.streams import DONE, encode, event_stream
-from wingman.chat.conversation import read_messages, render_prompt, split_prefill
-from wingman.chat.template import Rendering
-from wingman.engine.client import JobStream
-from wingman.engine.types import Finished, Job, Progress, TextDelta
-from wingman.errors import InvalidRequest, NotSupported
+from wingman.api.turns import (
+    AnswerReader,
+    Turn,
+    check_turn,
+    count_tokens,
+    finish_reason,
+    prepare_turn,
+    render_turn,
+)
+from wingman.chat.output import ArgumentsDelta, ContentDelta, Delta, ParsedCall, ReasoningDelta
+from wingman.engine.stream import JobStream
+from wingman.engine.types import Finished, Progress, TextDelta, TokenProb
 from wingman.http.messages import Answer, Request, Response
 from wingman.services.residency import ServedModel
-
-
-@dataclass(frozen=True, slots=True)
-class _Chat:
-    """A prepared request."""
-
-    job: Job
-    prompt: str
-    fields: ChatRequest
-    served: ServedModel
-    ping_s: int
-
-    def add_verbose(self, body: dict[str, Any], finished: Finished) -> dict[str, Any]:
-        """The body with `__verbose`, the native final object, when asked for."""
-        default = self.served.config.server.verbose
-        if default if self.fields.verbose is None else self.fields.verbose:
-            settings = settings_of(self.job, self.served.config, self.served.name)
-            body["__verbose"] = shapes.native_final(
-                finished, self.job, self.served.name, self.prompt, settings, return_tokens=True
-            )
-        return body
 
 
 async def chat(served: ServedModel, request: Request) -> Answer:
     """Answer a conversation, streamed or not."""
     fields = await parse_body(request.body, ChatRequest)
-    _check(fields)
-    prepared = await served.engine.work(
-        len(request.body), _render, served, fields, served.engine.new_job_id()
-    )
+    check_turn(fields)
+    turn = await served.engine.work(len(request.body), prepare_turn, served, fields)
     naming = naming_of(served)
-    stream = served.engine.submit(prepared.job)
-    if prepared.job.stream:
-        return event_stream(_events(prepared, naming, stream), stream, prepared.ping_s)
+    stream = served.engine.submit(*turn.jobs)
+    if turn.jobs[0].stream:
+        return event_stream(_events(turn, naming, stream), stream, turn.ping_s)
     async with stream:
-        finished = await stream.result()
-    return Response(
-        200, orjson.dumps(prepared.add_verbose(shapes.chat_completion(naming, finished), finished))
-    )
+        results = await stream.results()
+    choices = [_choice(turn, index, finished) for index, finished in enumerate(results)]
+    body = shapes.chat_completion(naming, choices, results)
+    return Response(200, orjson.dumps(_add_verbose(body, turn, results[0])))
 
 
-def _check(fields: ChatRequest) -> None:
-    refuse_unsupported(fields)
-    if fields.messages is None:
-        raise InvalidRequest("Field 'messages': is required", "messages")
-    if fields.top_logprobs is not None and not fields.logprobs:
-        raise InvalidRequest("Field 'top_logprobs': needs logprobs to be true", "top_logprobs")
-    for name in ("tools", "functions"):
-        if getattr(fields, name):
-            raise NotSupported(f"'{name}' is not supported yet")
-    if isinstance(fields.tool_choice, str) and fields.tool_choice not in ("auto", "none", "required"):
-        raise InvalidRequest("Field 'tool_choice': must be auto, none or required", "tool_choice")
-    if fields.add_generation_prompt and fields.continue_final_message:
-        message = "Field 'continue_final_message': excludes add_generation_prompt"
-        raise InvalidRequest(message, "continue_final_message")
+async def apply_template(served: ServedModel, request: Request) -> Response:
+    """The prompt a conversation becomes."""
+    fields = await parse_body(request.body, ChatRequest)
+    check_turn(fields)
+    prompt, _, _ = await served.engine.work(len(request.body), render_turn, served, fields)
+    return Response(200, orjson.dumps({"prompt": prompt}))
 
 
-def _render(served: ServedModel, fields: ChatRequest, job_id: int) -> _Chat:
-    """Template and tokenise; in the engine's executor."""
-    info, tokenizer = served.info, served.engine.tokenizer
-    messages = read_messages(fields.messages or (), knows_developer=served.template.knows_developer)
-    adds_prompt = fields.add_generation_prompt is not False
-    rendering = Rendering(adds_prompt, info.bos_token, info.eos_token, fields.chat_template_kwargs)
-    prompt = render_prompt(served.template, split_prefill(messages), rendering, adds_bos=info.adds_bos)
-    refuse_endless(prompt, info)
-    tokens = tokenizer.tokenize(prompt, add_special=True, parse_special=True)
-    maker = JobMaker(served.config, info, tokenizer)
-    job = maker.build_job(job_id, tokens, fields)
-    return _Chat(job, prompt, fields, served, maker.ping_interval(fields))
+async def input_tokens(served: ServedModel, request: Request) -> Response:
+    """How many tokens a conversation has."""
+    fields = await parse_body(request.body, ChatRequest)
+    check_turn(fields)
+    n_tokens = await served.engine.work(len(request.body), count_tokens, served, fields)
+    return Response(200, orjson.dumps({"input_tokens": n_tokens}))
 
 
-async def _events(prepared: _Chat, naming: shapes.Naming, stream: JobStream) -> AsyncGenerator[bytes, None]:
-    yield encode(shapes.chat_chunk(naming, {"role": "assistant", "content": None}))
+# -- not streamed -----------------------------------------------------------------------------------
+
+
+def _choice(turn: Turn, index: int, finished: Finished) -> dict[str, Any]:
+    parsed = turn.parse(finished)
+    message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+    if parsed.reasoning:
+        message["reasoning_content"] = parsed.reasoning
+    calls = parsed.tool_calls
+    if calls and turn.fields.functions:
+        message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+    elif calls:
+        message["tool_calls"] = [_call_body(turn, call) for call in calls]
+    choice = {"finish_reason": _reason(turn, finished, bool(calls)), "index": index, "message": message}
+    probs = shown_probs(finished, turn.jobs[index], turn.served.engine.tokenizer)
+    if probs:
+        choice["logprobs"] = {"content": _prob_items(turn, probs)}
+    return choice
+
+
+def _call_body(turn: Turn, call: ParsedCall) -> dict[str, Any]:
+    return {
+        "id": call.id or new_call_id(turn),
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def new_call_id(turn: Turn) -> str:
+    """An id for a call whose model made none; some templates refuse any other length."""
+    return secrets.token_hex(16)[: turn.dialogue.format.id_length]
+
+
+def _reason(turn: Turn, finished: Finished, has_called: bool) -> str:
+    reason = finish_reason(finished, has_called=has_called)
+    return "function_call" if reason == "tool_calls" and turn.fields.functions else reason
+
+
+def _prob_items(turn: Turn, probs: Sequence[TokenProb]) -> list[dict[str, Any]]:
+    is_post = turn.jobs[0].post_sampling_probs
+    return prob_items(probs, turn.served.engine.tokenizer, is_post=is_post)
+
+
+def _add_verbose(body: dict[str, Any], turn: Turn, finished: Finished) -> dict[str, Any]:
+    """The body with `__verbose`, the native final object, when asked for."""
+    served, job = turn.served, turn.jobs[0]
+    default = served.config.server.verbose
+    if default if turn.fields.verbose is None else turn.fields.verbose:
+        settings = settings_of(job, served.config, served.name)
+        body["__verbose"] = shapes.native_final(
+            finished, 0, job, served.name, turn.prompt, settings, return_tokens=True
+        )
+    return body
+
+
+# -- streamed ---------------------------------------------------------------------------------------
+
+
+async def _events(turn: Turn, naming: shapes.Naming, stream: JobStream) -> AsyncGenerator[bytes, None]:
+    indexes = {job.id: index for index, job in enumerate(turn.jobs)}
+    readers = [AnswerReader(turn.dialogue) for _ in turn.jobs]
+    ended: dict[int, Finished] = {}
+    for index in indexes.values():  # in order: clients take choices as they come
+        yield encode(shapes.chat_chunk(naming, index, {"role": "assistant", "content": None}))
     async for event in stream:
-        if isinstance(event, TextDelta) and event.text:
-            chunk = shapes.chat_chunk(naming, {"content": event.text})
-            yield encode(shapes.add_timings(chunk, event.timings))
+        index = indexes[event.job_id]
+        if isinstance(event, TextDelta):
+            for chunk in _chunks(turn, naming, index, readers[index], readers[index].push(event)):
+                yield encode(shapes.add_timings(chunk, event.timings))
         elif isinstance(event, Progress):
-            chunk = shapes.chat_chunk(naming, {})
+            chunk = shapes.chat_chunk(naming, index, {})
             yield encode(chunk | {"prompt_progress": shapes.progress_body(event)})
         elif isinstance(event, Finished):
-            for body in _last_chunks(prepared, naming, event):
-                yield encode(body)
-            yield DONE
+            ended[index] = event
+            reader = readers[index]
+            for chunk in _chunks(turn, naming, index, reader, reader.finish()):
+                yield encode(chunk)
+            reason = _reason(turn, event, reader.has_called)
+            last = shapes.chat_chunk(naming, index, {}, reason)
+            if len(ended) < len(readers):
+                yield encode(last)
+    for body in _end(turn, naming, last, [ended[index] for index in sorted(ended)]):
+        yield encode(body)
+    yield DONE
 
 
-def _last_chunks(prepared: _Chat, naming: shapes.Naming, finished: Finished) -> list[dict[str, Any]]:
-    """The chunk with finish_reason and, if asked for, the one with usage; timings are on the last."""
-    chunks = [shapes.chat_chunk(naming, {}, shapes.finish_reason(finished))]
-    options = prepared.fields.stream_options
+def _chunks(
+    turn: Turn, naming: shapes.Naming, index: int, reader: AnswerReader, deltas: Iterable[Delta]
+) -> list[dict[str, Any]]:
+    chunks = []
+    for delta in deltas:
+        probs = reader.take_probs(delta)
+        logprobs = _prob_items(turn, probs) if probs else None
+        chunks.append(shapes.chat_chunk(naming, index, _delta_body(turn, delta), None, logprobs))
+    return chunks
+
+
+def _delta_body(turn: Turn, delta: Delta) -> dict[str, Any]:
+    if isinstance(delta, ContentDelta):
+        return {"content": delta.text}
+    if isinstance(delta, ReasoningDelta):
+        return {"reasoning_content": delta.text}
+    if isinstance(delta, ArgumentsDelta):
+        function = {"arguments": delta.text}
+        if turn.fields.functions:
+            return {"function_call": function}
+        return {"tool_calls": [{"index": delta.index, "function": function}]}
+    function = {"name": delta.name, "arguments": ""}
+    if turn.fields.functions:
+        return {"function_call": function}
+    call = {
+        "index": delta.index,
+        "id": delta.id or new_call_id(turn),
+        "type": "function",
+        "function": function,
+    }
+    return {"tool_calls": [call]}
+
+
+def _end(
+    turn: Turn, naming: shapes.Naming, last: dict[str, Any], results: Sequence[Finished]
+) -> list[dict[str, Any]]:
+    """The last chunk with finish_reason and, if asked for, the one with usage; timings are on the last."""
+    chunks = [last]
+    options = turn.fields.stream_options
     if options is not None and options.include_usage:
-        chunks.append(shapes.usage_chunk(shapes.chat_chunk(naming, {}), finished))
-    prepared.add_verbose(shapes.add_timings(chunks[-1], finished.timings), finished)
+        base = shapes.chat_chunk(naming, 0, {})
+        chunks.append(shapes.usage_chunk(base, shapes.usage_of(results)))
+    _add_verbose(shapes.add_timings(chunks[-1], results[0].timings), turn, results[0])
     return chunks

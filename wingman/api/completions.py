@@ -2,128 +2,127 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import orjson
 
 from wingman.api import shapes
-from wingman.api.generation import JobMaker, read_prompt, refuse_unsupported, settings_of
+from wingman.api.infill import complete_between, side_tokens
+from wingman.api.naming import naming_of
+from wingman.api.native import Completion, answer_natively, build_completion
+from wingman.api.probabilities import shown_probs
+from wingman.api.prompts import read_prompts
 from wingman.api.schema import CompletionRequest, parse_body
 from wingman.api.streams import DONE, encode, event_stream
-from wingman.engine.client import JobStream
-from wingman.engine.types import Finished, Job, Progress, TextDelta
+from wingman.engine.stream import JobStream
+from wingman.engine.types import Finished, Progress, TextDelta, TokenProb
 from wingman.errors import InvalidRequest, NotSupported
 from wingman.http.messages import Answer, Request, Response
 from wingman.services.residency import ServedModel
 
 
-@dataclass(frozen=True, slots=True)
-class _Completion:
-    """A prepared request."""
-
-    job: Job
-    prompt: str
-    fields: CompletionRequest
-    served: ServedModel
-    ping_s: int
-
-    def final(self, finished: Finished) -> dict[str, Any]:
-        """The native final object."""
-        settings = settings_of(self.job, self.served.config, self.served.name)
-        body = shapes.native_final(
-            finished,
-            self.job,
-            self.served.name,
-            self.prompt,
-            settings,
-            return_tokens=bool(self.fields.return_tokens),
-        )
-        return shapes.select_fields(body, self.fields.response_fields)
-
-
 async def complete(served: ServedModel, request: Request) -> Answer:
     """POST /completion, /completions: llama-server's native completion."""
-    prepared = await _prepare(served, request)
-    stream = served.engine.submit(prepared.job)
-    if prepared.job.stream:
-        return event_stream(_native_events(prepared, stream), stream, prepared.ping_s)
-    async with stream:
-        finished = await stream.result()
-    return Response(200, orjson.dumps(prepared.final(finished)))
+    return await answer_natively(await _prepare(served, request))
 
 
 async def complete_text(served: ServedModel, request: Request) -> Answer:
     """POST /v1/completions: OpenAI's object, with the native keys beside."""
     prepared = await _prepare(served, request)
     naming = naming_of(served)
-    stream = served.engine.submit(prepared.job)
-    if prepared.job.stream:
+    stream = served.engine.submit(*prepared.jobs)
+    if prepared.jobs[0].stream:
         return event_stream(_text_events(prepared, naming, stream), stream, prepared.ping_s)
     async with stream:
-        finished = await stream.result()
-    text = prepared.prompt + finished.text if prepared.fields.echo else finished.text
-    body = prepared.final(finished)
-    body |= shapes.text_chunk(naming, text, shapes.finish_reason(finished))
-    body |= {"usage": shapes.usage(finished), "timings": finished.timings.to_dict()}
+        results = await stream.results()
+    body = prepared.final(results[0], 0)
+    body |= shapes.text_chunk(naming, *_choices(prepared, results))
+    body |= {"usage": shapes.usage_of(results), "timings": results[0].timings.to_dict()}
     return Response(200, orjson.dumps(body))
 
 
-def naming_of(served: ServedModel) -> shapes.Naming:
-    """Id and the like of a new answer."""
-    return shapes.Naming(shapes.new_completion_id(), served.name, int(time.time()), served.info.build)
+def _choices(prepared: Completion, results: Sequence[Finished]) -> list[dict[str, Any]]:
+    tokenizer = prepared.served.engine.tokenizer
+    choices = []
+    for index, (job, finished) in enumerate(zip(prepared.jobs, results, strict=True)):
+        echo = prepared.prompts[index] if _echoes(prepared) else ""
+        logprobs = prepared.logprobs(shown_probs(finished, job, tokenizer), len(echo))
+        reason = shapes.finish_reason(finished)
+        choices.append(shapes.text_choice(index, echo + finished.text, reason, logprobs))
+    return choices
 
 
-async def _prepare(served: ServedModel, request: Request) -> _Completion:
+def _echoes(prepared: Completion) -> bool:
+    return isinstance(prepared.fields, CompletionRequest) and bool(prepared.fields.echo)
+
+
+async def _prepare(served: ServedModel, request: Request) -> Completion:
     fields = await parse_body(request.body, CompletionRequest)
-    refuse_unsupported(fields)
-    if fields.suffix:
-        raise NotSupported("'suffix' is not supported yet")
     if fields.best_of is not None and fields.best_of > 1:
         raise NotSupported("'best_of' is not supported")
     if fields.prompt is None:
         raise InvalidRequest("Field 'prompt': is required", "prompt")
-    return await served.engine.work(len(request.body), _tokenize, served, fields, served.engine.new_job_id())
+    return await served.engine.work(len(request.body), _tokenize, served, fields)
 
 
-def _tokenize(served: ServedModel, fields: CompletionRequest, job_id: int) -> _Completion:
-    tokenizer = served.engine.tokenizer
-    tokens = read_prompt(fields.prompt, tokenizer, served.info)
-    maker = JobMaker(served.config, served.info, tokenizer)
-    job = maker.build_job(job_id, tokens, fields)
-    prompt = tokenizer.detokenize(tokens, special=True) if len(tokens) < served.info.n_ctx_slot else ""
-    return _Completion(job, prompt, fields, served, maker.ping_interval(fields))
+def _tokenize(served: ServedModel, fields: CompletionRequest) -> Completion:
+    if fields.suffix:
+        return _between(served, fields)
+    prompts = read_prompts(fields.prompt, served.engine.tokenizer, served.info)
+    return build_completion(served, fields, prompts)
 
 
-async def _native_events(prepared: _Completion, stream: JobStream) -> AsyncGenerator[bytes, None]:
-    n_prompt = len(prepared.job.prompt)
-    async for event in stream:
-        if isinstance(event, TextDelta):
-            yield encode(shapes.native_partial(event, stream.slot_id, n_prompt))
-        elif isinstance(event, Progress):
-            empty = TextDelta(event.job_id, "", (), 0)
-            yield encode(shapes.native_partial(empty, stream.slot_id, n_prompt, event))
-        elif isinstance(event, Finished):
-            yield encode(prepared.final(event))
+def _between(served: ServedModel, fields: CompletionRequest) -> Completion:
+    """OpenAI's `suffix`: what goes between prompt and suffix."""
+    for field in ("prompt", "suffix"):
+        if not isinstance(getattr(fields, field), str):
+            raise InvalidRequest(f"Field '{field}': must be a string when suffix is given", field)
+    prefix, suffix = (side_tokens(getattr(fields, field), field, served) for field in ("prompt", "suffix"))
+    return complete_between(served, fields, prefix, suffix)
 
 
 async def _text_events(
-    prepared: _Completion, naming: shapes.Naming, stream: JobStream
+    prepared: Completion, naming: shapes.Naming, stream: JobStream
 ) -> AsyncGenerator[bytes, None]:
-    if prepared.fields.echo:
-        yield encode(shapes.text_chunk(naming, prepared.prompt, None))
+    indexes = prepared.indexes
+    offsets = [0] * len(prepared.jobs)
+    if _echoes(prepared):
+        for index, prompt in enumerate(prepared.prompts):
+            offsets[index] = len(prompt)
+            yield encode(shapes.text_chunk(naming, shapes.text_choice(index, prompt, None)))
+    unsent: list[tuple[TokenProb, ...]] = [()] * len(prepared.jobs)
+    ended: dict[int, Finished] = {}
     async for event in stream:
-        if isinstance(event, TextDelta) and event.text:
-            yield encode(shapes.add_timings(shapes.text_chunk(naming, event.text, None), event.timings))
+        index = indexes[event.job_id]
+        if isinstance(event, TextDelta):
+            unsent[index] += event.probs
+            if event.text:  # tokens whose text is held back report with the text
+                logprobs = prepared.logprobs(unsent[index], offsets[index])
+                unsent[index] = ()
+                offsets[index] += len(event.text)
+                choice = shapes.text_choice(index, event.text, None, logprobs)
+                yield encode(shapes.add_timings(shapes.text_chunk(naming, choice), event.timings))
         elif isinstance(event, Progress):
-            chunk = shapes.text_chunk(naming, "", None)
+            chunk = shapes.text_chunk(naming, shapes.text_choice(index, "", None))
             yield encode(chunk | {"prompt_progress": shapes.progress_body(event)})
         elif isinstance(event, Finished):
-            last = shapes.text_chunk(naming, "", shapes.finish_reason(event))
-            yield encode(prepared.final(event) | last | {"usage": shapes.usage(event)})
-            options = prepared.fields.stream_options
-            if options is not None and options.include_usage:
-                yield encode(shapes.usage_chunk(shapes.text_chunk(naming, "", None), event))
-            yield DONE
+            ended[index] = event
+            yield encode(_last_text_chunk(prepared, naming, index, ended))
+    options = prepared.fields.stream_options
+    if options is not None and options.include_usage:
+        results = [ended[index] for index in sorted(ended)]
+        yield encode(shapes.usage_chunk(shapes.text_chunk(naming), shapes.usage_of(results)))
+    yield DONE
+
+
+def _last_text_chunk(
+    prepared: Completion, naming: shapes.Naming, index: int, ended: dict[int, Finished]
+) -> dict[str, Any]:
+    """The chunk with finish_reason; that of the last answer has the usage of all."""
+    finished = ended[index]
+    chunk = prepared.final(finished, index)
+    chunk |= shapes.text_chunk(naming, shapes.text_choice(index, "", shapes.finish_reason(finished)))
+    if len(ended) == len(prepared.jobs):
+        chunk["usage"] = shapes.usage_of([ended[one] for one in sorted(ended)])
+    return chunk

@@ -7,10 +7,10 @@ from typing import Any
 
 import orjson
 
-from wingman.api.generation import settings_of
+from wingman.api.settings import settings_of
 from wingman.config import RANDOM_SEED
 from wingman.engine.types import Job
-from wingman.errors import NotFound
+from wingman.errors import NotFound, NotSupported
 from wingman.http.messages import Request, Response
 from wingman.services.residency import ServedModel
 
@@ -63,7 +63,7 @@ def _ollama_body(served: ServedModel) -> dict[str, Any]:
         "type": "model",
         "description": served.info.description,
         "tags": [],
-        "capabilities": ["completion"],
+        "capabilities": _capabilities(served),
         "parameters": "",
         "details": {
             "parent_model": "",
@@ -74,6 +74,12 @@ def _ollama_body(served: ServedModel) -> dict[str, Any]:
             "quantization_level": served.info.ftype,
         },
     }
+
+
+def _capabilities(served: ServedModel) -> list[str]:
+    if not served.info.can_generate:
+        return ["embedding"]
+    return ["completion", "insert"] if served.info.fim else ["completion"]
 
 
 def get_props(served: ServedModel, _: Request) -> Response:
@@ -91,10 +97,10 @@ def get_props(served: ServedModel, _: Request) -> Response:
         "model_ftype": info.ftype,
         "modalities": {"vision": False, "video": False, "audio": False},
         "endpoint_slots": config.server.slots,
-        "endpoint_props": False,
+        "endpoint_props": config.server.props,
         "endpoint_metrics": config.server.metrics,
         "chat_template": served.template.source,
-        "chat_template_caps": {},
+        "chat_template_caps": served.template.caps.to_dict(),
         "bos_token": info.bos_token,
         "eos_token": info.eos_token,
         "build_info": info.build,
@@ -102,6 +108,13 @@ def get_props(served: ServedModel, _: Request) -> Response:
         "is_sleeping": False,
     }  # fmt: skip
     return Response(200, orjson.dumps(body))
+
+
+def set_props(served: ServedModel, _: Request) -> Response:
+    """POST /props: there is nothing to change, as in llama-server."""
+    if not served.config.server.props:
+        raise NotSupported("This server does not support changing global properties. Start it with `--props`")
+    return Response(200, orjson.dumps({"success": True}))
 
 
 def _shown_seed(seed: int) -> int:

@@ -18,6 +18,7 @@ from wingman.errors import InvalidRequest
 
 Number = int | float | bool
 S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 
 INLINE_PARSE_BYTES: Final = 64 * 1024
 """Bodies up to this size are parsed on the loop, in well under a millisecond; larger ones elsewhere."""
@@ -88,6 +89,7 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     stop: Any = None
     grammar: str | None = None
     grammar_lazy: bool | None = None
+    grammar_triggers: list[Any] | None = None
     json_schema: Any = None
     response_format: Any = None
     samplers: Any = None
@@ -104,6 +106,50 @@ class CompletionRequest(GenerationFields, kw_only=True):
     best_of: Number | None = None
 
 
+class InfillRequest(GenerationFields, kw_only=True):
+    """POST /infill."""
+
+    input_prefix: Any = None
+    input_suffix: Any = None
+    input_extra: list[Any] | None = None
+    prompt: Any = None
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """POST /embedding, /embeddings and /v1/embeddings."""
+
+    input: Any = None
+    content: Any = None
+    model: Any = None
+    encoding_format: str | None = None
+    embd_normalize: Number | None = None
+    dimensions: Number | None = None
+
+
+class RerankRequest(msgspec.Struct, kw_only=True):
+    """POST /rerank, /v1/rerank and /reranking: Jina's fields, or TEI's with `texts`."""
+
+    query: str | None = None
+    documents: list[str] | None = None
+    texts: list[str] | None = None
+    top_n: Number | None = None
+    return_text: bool | None = None
+    model: Any = None
+
+
+class SlotFileRequest(msgspec.Struct, kw_only=True):
+    """POST /slots/:id?action=save and restore."""
+
+    filename: str | None = None
+
+
+class LoraScale(msgspec.Struct, kw_only=True):
+    """How much an adapter counts."""
+
+    id: int
+    scale: Number = 0.0
+
+
 class ChatRequest(GenerationFields, kw_only=True):
     """POST /chat/completions and /v1/chat/completions."""
 
@@ -114,7 +160,10 @@ class ChatRequest(GenerationFields, kw_only=True):
     function_call: Any = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Any = None
+    reasoning_format: str | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -139,8 +188,15 @@ async def parse_body(body: bytes, kind: type[S]) -> S:
     return await asyncio.to_thread(parse_json, body, kind)
 
 
-def parse_json(body: bytes, kind: type[S]) -> S:
-    """`parse_body` on the calling thread."""
+async def parse_list(body: bytes) -> list[Any]:
+    """Decode a JSON array; raises InvalidRequest."""
+    if len(body) > INLINE_PARSE_BYTES:
+        raise InvalidRequest("the array is too long")
+    return parse_json(body, list)
+
+
+def parse_json(body: bytes, kind: type[T]) -> T:
+    """`parse_body` on the calling thread, for any type msgspec knows."""
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:

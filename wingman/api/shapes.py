@@ -7,6 +7,7 @@ where the original served native ones on the same path.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,23 +34,25 @@ def finish_reason(finished: Finished) -> str:
     return "stop" if finished.stop_type in (StopType.EOS, StopType.WORD) else "length"
 
 
-def usage(finished: Finished) -> dict[str, Any]:
-    """OpenAI's `usage`."""
-    n_output = finished.timings.predicted_n
+def usage_of(finished: Sequence[Finished]) -> dict[str, Any]:
+    """`usage` of all answers of a request: outputs are summed over answers, inputs over prompts."""
+    n_output = sum(one.timings.predicted_n for one in finished)
+    prompts = {one.job_id: one for one in finished if not one.is_fork}
+    n_prompt = sum(one.n_prompt for one in prompts.values())
     return {
         "completion_tokens": n_output,
-        "prompt_tokens": finished.n_prompt,
-        "total_tokens": n_output + finished.n_prompt,
-        "prompt_tokens_details": {"cached_tokens": finished.timings.cache_n},
+        "prompt_tokens": n_prompt,
+        "total_tokens": n_output + n_prompt,
+        "prompt_tokens_details": {"cached_tokens": sum(one.timings.cache_n for one in prompts.values())},
     }
 
 
 def native_partial(
-    delta: TextDelta, slot_id: int, n_prompt: int, progress: Progress | None = None
+    delta: TextDelta, index: int, slot_id: int, n_prompt: int, progress: Progress | None = None
 ) -> dict[str, Any]:
     """A partial event of a native stream."""
     body: dict[str, Any] = {
-        "index": 0,
+        "index": index,
         "content": delta.text,
         "tokens": delta.tokens,
         "stop": False,
@@ -76,11 +79,18 @@ def progress_body(progress: Progress) -> dict[str, Any]:
 
 
 def native_final(
-    finished: Finished, job: Job, model: str, prompt: str, settings: dict[str, Any], *, return_tokens: bool
+    finished: Finished,
+    index: int,
+    job: Job,
+    model: str,
+    prompt: str,
+    settings: dict[str, Any],
+    *,
+    return_tokens: bool,
 ) -> dict[str, Any]:
     """The final native object; in a stream `content` and `tokens` were sent before and are empty."""
     return {
-        "index": 0,
+        "index": index,
         "content": "" if job.stream else finished.text,
         "tokens": finished.tokens if return_tokens and not job.stream else [],
         "id_slot": finished.slot_id,
@@ -122,10 +132,10 @@ def select_fields(body: dict[str, Any], fields: Any) -> dict[str, Any]:
     return selected
 
 
-def text_chunk(naming: Naming, text: str, reason: str | None) -> dict[str, Any]:
+def text_chunk(naming: Naming, *choices: dict[str, Any]) -> dict[str, Any]:
     """An object of POST /v1/completions, streamed or not."""
     return {
-        "choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": reason}],
+        "choices": choices,
         "created": naming.created,
         "model": naming.model,
         "system_fingerprint": naming.fingerprint,
@@ -134,10 +144,20 @@ def text_chunk(naming: Naming, text: str, reason: str | None) -> dict[str, Any]:
     }
 
 
-def chat_chunk(naming: Naming, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+def text_choice(index: int, text: str, reason: str | None, logprobs: Any = None) -> dict[str, Any]:
+    """A choice of a text completion."""
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+
+
+def chat_chunk(
+    naming: Naming, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None
+) -> dict[str, Any]:
     """A chunk of a chat stream."""
+    choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": reason}
+    if logprobs is not None:
+        choice["logprobs"] = {"content": logprobs}
     return {
-        "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
+        "choices": [choice],
         "created": naming.created,
         "id": naming.id,
         "model": naming.model,
@@ -146,28 +166,24 @@ def chat_chunk(naming: Naming, delta: dict[str, Any], reason: str | None = None)
     }
 
 
-def usage_chunk(base: dict[str, Any], finished: Finished) -> dict[str, Any]:
+def usage_chunk(base: dict[str, Any], usage: dict[str, Any]) -> dict[str, Any]:
     """The extra last chunk that `include_usage` asks for: no choices, only usage."""
-    return base | {"choices": [], "usage": usage(finished)}
+    return base | {"choices": [], "usage": usage}
 
 
-def chat_completion(naming: Naming, finished: Finished) -> dict[str, Any]:
+def chat_completion(
+    naming: Naming, choices: Sequence[dict[str, Any]], finished: Sequence[Finished]
+) -> dict[str, Any]:
     """The object of a chat answer that is not streamed."""
     return {
-        "choices": [
-            {
-                "finish_reason": finish_reason(finished),
-                "index": 0,
-                "message": {"role": "assistant", "content": finished.text},
-            }
-        ],
+        "choices": choices,
         "created": naming.created,
         "model": naming.model,
         "system_fingerprint": naming.fingerprint,
         "object": "chat.completion",
-        "usage": usage(finished),
+        "usage": usage_of(finished),
         "id": naming.id,
-        "timings": finished.timings.to_dict(),
+        "timings": finished[0].timings.to_dict(),
     }
 
 

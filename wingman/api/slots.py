@@ -1,16 +1,22 @@
-"""GET /slots and /health: what each slot is doing, from the engine's last snapshot; never waits."""
+"""Slots: GET /slots and /health, from the engine's last snapshot, never waiting; POST /slots/:id."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from pathlib import Path
+from typing import Any, Final
 
 import orjson
 
-from wingman.api.generation import settings_of
-from wingman.engine.types import SlotView, StopType
-from wingman.errors import NotSupported, Unavailable
+from wingman.api.schema import SlotFileRequest, parse_json
+from wingman.api.settings import settings_of
+from wingman.engine.client import BULK_BYTES
+from wingman.engine.types import SlotJob, SlotMove, SlotView, StopType
+from wingman.errors import EngineFailure, InvalidRequest, NotSupported, Unavailable
 from wingman.http.messages import Request, Response
+from wingman.services import slotfiles
 from wingman.services.residency import ServedModel
+from wingman.services.slotfiles import SavedSlot
 
 _NOT_IN_PARAMS = frozenset(
     {
@@ -94,3 +100,93 @@ def _next_token(slot: SlotView, n_predict: int) -> dict[str, Any]:
         "stopped_limit": slot.stop_type is StopType.LIMIT,
         "stopping_word": slot.stopping_word,
     }
+
+
+# -- POST /slots/:id -------------------------------------------------------------------------------
+
+MAX_SLOT_FILE_BYTES: Final = 64 * 1024**3
+"""Longest file that is read; a slot of the largest models stays below."""
+
+
+async def change_slot(served: ServedModel, request: Request) -> Response:
+    """Save, restore or erase what a slot holds, once it is idle."""
+    slot_id = request.params["id"]
+    if not (slot_id.isascii() and slot_id.isdigit()) or int(slot_id[:9]) >= served.info.n_slots:
+        raise InvalidRequest(f"Invalid slot ID: there are slots 0 to {served.info.n_slots - 1}", "id_slot")
+    action = request.target.first("action")
+    if action not in ("save", "restore", "erase"):
+        raise InvalidRequest("Invalid action: it must be save, restore or erase", "action")
+    if action == "erase":
+        return await _erase(served, int(slot_id))
+    folder = served.config.server.slot_save_path
+    if folder is None:
+        raise NotSupported("This server does not support slot files. Start it with `--slot-save-path`")
+    fields = parse_json(request.body, SlotFileRequest)
+    name = slotfiles.check_name(fields.filename)
+    change = _save if action == "save" else _restore
+    return await change(served, int(slot_id), folder.expanduser() / name)
+
+
+async def _erase(served: ServedModel, slot_id: int) -> Response:
+    done = await served.engine.change_slot(SlotJob(served.engine.new_job_id(), slot_id, SlotMove.ERASE))
+    return Response(200, orjson.dumps({"id_slot": slot_id, "n_erased": len(done.tokens)}))
+
+
+async def _save(served: ServedModel, slot_id: int, path: Path) -> Response:
+    started = time.monotonic()
+    engine = served.engine
+    done = await engine.change_slot(SlotJob(engine.new_job_id(), slot_id, SlotMove.SAVE))
+    n_written = await engine.work(len(done.state), _write, path, done.tokens, done.state, served)
+    return Response(
+        200,
+        orjson.dumps(
+            {
+                "id_slot": slot_id,
+                "filename": path.name,
+                "n_saved": len(done.tokens),
+                "n_written": n_written,
+                "timings": {"save_ms": (time.monotonic() - started) * 1000},
+            }
+        ),
+    )
+
+
+def _write(path: Path, tokens: tuple[int, ...], state: bytes, served: ServedModel) -> int:
+    data = slotfiles.pack(SavedSlot(tokens, state), slotfiles.fingerprint(served.info))
+    try:
+        slotfiles.write(path, data)
+    except OSError as error:
+        raise EngineFailure(f"the slot could not be saved: {error.strerror}") from error
+    return len(data)
+
+
+async def _restore(served: ServedModel, slot_id: int, path: Path) -> Response:
+    started = time.monotonic()
+    engine = served.engine
+    try:
+        saved, n_read = await engine.work(BULK_BYTES + 1, _read, path, served)
+    except InvalidRequest:
+        await _erase(served, slot_id)  # as llama-server: what can't be restored leaves the slot empty
+        raise
+    job = SlotJob(engine.new_job_id(), slot_id, SlotMove.RESTORE, saved.tokens, saved.state)
+    await engine.change_slot(job)
+    return Response(
+        200,
+        orjson.dumps(
+            {
+                "id_slot": slot_id,
+                "filename": path.name,
+                "n_restored": len(saved.tokens),
+                "n_read": n_read,
+                "timings": {"restore_ms": (time.monotonic() - started) * 1000},
+            }
+        ),
+    )
+
+
+def _read(path: Path, served: ServedModel) -> tuple[SavedSlot, int]:
+    data = slotfiles.read(path, MAX_SLOT_FILE_BYTES)
+    saved = slotfiles.unpack(data, slotfiles.fingerprint(served.info), served.info.n_vocab)
+    if len(saved.tokens) >= served.info.n_ctx_slot:
+        raise InvalidRequest("the file holds more tokens than a slot takes", "filename")
+    return saved, len(data)

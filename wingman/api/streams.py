@@ -9,7 +9,7 @@ import orjson
 
 from protocol import encode_event
 from wingman.api.errors import error_body
-from wingman.engine.client import JobStream
+from wingman.engine.stream import JobStream
 from wingman.errors import WingmanError
 from wingman.http.messages import EventStream
 

@@ -6,6 +6,8 @@ is busy with, and a refusal costs no wait.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from wingman.errors import Overloaded
 
 RETRY_AFTER_S = 1
@@ -22,20 +24,18 @@ class Admission:
         self._waiting: dict[int, int] = {}
         self._running: set[int] = set()
 
-    def offer(self, job_id: int, n_tokens: int) -> None:
-        """Take a job of `n_tokens` prompt tokens in; raises Overloaded when it must not wait."""
-        n_ahead = len(self._waiting) + len(self._running) - self._n_slots
-        if n_ahead >= 0:
-            if n_ahead >= self._max_waiting:
-                raise Overloaded(
-                    f"{self._max_waiting} requests are waiting already (--max-queue)", RETRY_AFTER_S
-                )
-            if sum(self._waiting.values()) + n_tokens > self._max_waiting_tokens:
-                raise Overloaded(
-                    f"prompts of {self._max_waiting_tokens} tokens are waiting already (--max-queue-tokens)",
-                    RETRY_AFTER_S,
-                )
-        self._waiting[job_id] = n_tokens
+    def offer(self, jobs: Mapping[int, int]) -> None:
+        """Take in the jobs of a request, id -> prompt tokens; raises Overloaded when they must not wait."""
+        n_free = self._n_slots - len(self._waiting) - len(self._running)
+        if len(jobs) > n_free + self._max_waiting:
+            raise Overloaded(f"{self._max_waiting} requests are waiting already (--max-queue)", RETRY_AFTER_S)
+        n_tokens = sum(self._waiting.values()) + sum(jobs.values())
+        if n_free <= 0 and n_tokens > self._max_waiting_tokens:
+            raise Overloaded(
+                f"prompts of {self._max_waiting_tokens} tokens are waiting already (--max-queue-tokens)",
+                RETRY_AFTER_S,
+            )
+        self._waiting.update(jobs)
 
     def started(self, job_id: int) -> None:
         """The job got a slot."""

@@ -11,18 +11,23 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, TypeVar
 
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.admission import Admission
-from wingman.engine.runner import Runner, Tokenizer
+from wingman.engine.runner import Runner, SamplerParts, Tokenizer
 from wingman.engine.scheduler import Scheduler, SchedulerLimits
+from wingman.engine.stream import JobStream, failure
 from wingman.engine.thread import EngineThread, Loaded, Message, Stopped
 from wingman.engine.types import (
     Cancel,
+    ChangeSlot,
+    Command,
+    Embed,
+    Embedded,
+    EmbedJob,
     EndAll,
     Failed,
     FailureKind,
@@ -31,16 +36,17 @@ from wingman.engine.types import (
     JobEvent,
     ModelInfo,
     Shutdown,
+    SlotChanged,
+    SlotJob,
     Snapshot,
     Started,
     Submit,
-    TextDelta,
 )
 from wingman.errors import (
     ContextOverflow,
-    EngineFailure,
     InvalidRequest,
-    SlowReader,
+    NotSupported,
+    Overloaded,
     Unavailable,
     WingmanError,
 )
@@ -84,8 +90,14 @@ class Engine:
         self._is_draining = False
         self._is_closing = False
         self._admission = Admission(context.parallel, context.max_queue, context.max_queue_tokens)
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        """Who waits for an Embedded or a SlotChanged, by job id."""
+        self._embed_admission = Admission(1, context.max_queue, context.max_queue_tokens)
         self.info: ModelInfo
         self.tokenizer: Tokenizer
+        self.parts: SamplerParts
+        self.lora_scales: tuple[float, ...] = ()
+        """Scale of each loaded adapter for jobs that don't say."""
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -93,7 +105,8 @@ class Engine:
         """Load the model. Raises ModelLoadFailure."""
         self._thread.start()
         loaded = await self._loaded
-        self.info, self.tokenizer = loaded.info, loaded.tokenizer
+        self.info, self.tokenizer, self.parts = loaded.info, loaded.tokenizer, loaded.parts
+        self.lora_scales = tuple(lora.scale for lora in loaded.info.loras)
 
     async def wait_stopped(self) -> WingmanError | None:
         """Wait until the engine thread has ended; the error it died of, if any."""
@@ -142,25 +155,77 @@ class Engine:
         """A job id, unique in this process."""
         return next(self._ids)
 
-    def submit(self, job: Job) -> JobStream:
-        """Queue a job and return its events, to be used as `async with`.
+    def submit(self, *jobs: Job) -> JobStream:
+        """Queue the jobs of a request and return their events, to be used as `async with`. A fork follows
+        the job it shares its prompt with.
 
-        Raises ContextOverflow, InvalidRequest, Overloaded or Unavailable; then nothing was queued.
+        Raises ContextOverflow, InvalidRequest, NotSupported, Overloaded or Unavailable; then nothing was
+        queued.
         """
-        if self._is_draining or self._stopped.done():
-            raise Unavailable("the server is shutting down", retry_after_s=5)
+        self._refuse_while_closing()
+        if not self.info.can_generate:
+            raise NotSupported("this model does not generate text; it only embeds")
+        for job in jobs:
+            self._check(job)
+        n_at_most = self.info.n_slots + self._context.max_queue
+        if len(jobs) > n_at_most:
+            raise InvalidRequest(f"a request may ask for {n_at_most} completions (--parallel, --max-queue)")
+        self._admission.offer({job.id: len(job.prompt) for job in jobs})
+        stream = JobStream(jobs, self._context.max_unread, self._forget)
+        for job in jobs:
+            self._streams[job.id] = stream
+        self._no_jobs.clear()
+        self._thread.send(Submit(jobs))
+        return stream
+
+    def _check(self, job: Job) -> None:
         if not job.prompt:
             raise InvalidRequest("the prompt is empty", "prompt")
         if len(job.prompt) >= self.info.n_ctx_slot:
             raise ContextOverflow(len(job.prompt), self.info.n_ctx_slot)
         if job.id_slot >= self.info.n_slots:
             raise InvalidRequest(f"there are {self.info.n_slots} slots", "id_slot")
-        self._admission.offer(job.id, len(job.prompt))
-        stream = JobStream(job, self._context.max_unread, self._forget)
-        self._streams[job.id] = stream
+
+    async def embed(self, inputs: tuple[tuple[int, ...], ...]) -> tuple[bytes, ...]:
+        """The vectors of inputs as float32 bytes, see Embedded; none is empty or longer than
+        `info.embedding.n_max`. Raises EngineFailure, Overloaded or Unavailable."""
+        job = EmbedJob(self.new_job_id(), inputs)
+        self._embed_admission.offer({job.id: sum(map(len, inputs))})
+        try:
+            answer = await self._ask(job.id, Embed(job))
+        finally:
+            self._embed_admission.ended(job.id)
+        assert isinstance(answer, Embedded)
+        return answer.vectors
+
+    async def change_slot(self, job: SlotJob) -> SlotChanged:
+        """Save, restore or erase a slot once it is idle. Raises EngineFailure, InvalidRequest for a state
+        that does not fit, NotSupported, Overloaded or Unavailable."""
+        if not self.info.can_generate:
+            raise NotSupported("this model has no slots to save; it only embeds")
+        if len(self._answers) > self._context.max_queue + self.info.n_slots:
+            raise Overloaded("too many requests wait for slots (--max-queue)", 1)
+        answer = await self._ask(job.id, ChangeSlot(job))
+        assert isinstance(answer, SlotChanged)
+        return answer
+
+    async def _ask(self, job_id: int, command: Command) -> Embedded | SlotChanged:
+        """Send a command that is answered by one event; leaving takes it back."""
+        self._refuse_while_closing()
+        answer = self._answers[job_id] = self._loop.create_future()
         self._no_jobs.clear()
-        self._thread.send(Submit(job))
-        return stream
+        self._thread.send(command)
+        try:
+            event: Embedded | SlotChanged = await answer
+            return event
+        finally:
+            if self._answers.pop(job_id, None) is not None:
+                self._thread.send(Cancel(job_id))
+            self._note_idle()
+
+    def _refuse_while_closing(self) -> None:
+        if self._is_draining or self._stopped.done():
+            raise Unavailable("the server is shutting down", retry_after_s=5)
 
     def _forget(self, job_id: int) -> None:
         """Cancel a job whose reader has left, or drop one that ended."""
@@ -171,7 +236,10 @@ class Engine:
 
     def _ended(self, job_id: int) -> None:
         self._admission.ended(job_id)
-        if not self._streams:
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._streams and not self._answers:
             self._no_jobs.set()
 
     def _post(self, message: Message) -> None:
@@ -191,12 +259,20 @@ class Engine:
                 self._deliver_event(event)
 
     def _deliver_event(self, event: JobEvent) -> None:
+        answer = self._answers.get(event.job_id)
+        if answer is not None and not answer.done():
+            del self._answers[event.job_id]
+            if isinstance(event, Failed):
+                answer.set_exception(failure(event))
+            else:
+                answer.set_result(event)
+            return
         stream = self._streams.get(event.job_id)
         if stream is None:
             return
         if isinstance(event, Started):
             self._admission.started(event.job_id)
-            self._last_jobs[event.slot_id] = stream.job
+            self._last_jobs[event.slot_id] = next(job for job in stream.jobs if job.id == event.job_id)
         elif isinstance(event, Finished | Failed):
             del self._streams[event.job_id]
             self._ended(event.job_id)
@@ -205,7 +281,7 @@ class Engine:
     def _on_stopped(self, message: Stopped) -> None:
         if not self._loaded.done():
             self._loaded.set_exception(message.error or Unavailable("the engine was stopped while loading"))
-        for job_id in tuple(self._streams):
+        for job_id in (*self._streams, *self._answers):
             self._deliver_event(Failed(job_id, FailureKind.UNAVAILABLE, "the engine has stopped"))
         if not self._stopped.done():
             self._stopped.set_result(message.error)
@@ -247,102 +323,6 @@ class Engine:
         """How long the current step has been running; 0 when none is."""
         started = self._thread.step_started_at
         return 0.0 if started is None else time.monotonic() - started
-
-
-class JobStream:
-    """The events of one job, for one reader. Leaving the `async with` block cancels the job.
-
-    Unread deltas are merged, so the backlog is one event; past `max_unread` bytes of text the job
-    is cancelled and the reader gets SlowReader.
-    """
-
-    def __init__(self, job: Job, max_unread: int, forget: Callable[[int], None]) -> None:
-        self.job = job
-        self.slot_id = -1
-        self._max_unread = max_unread
-        self._forget = forget
-        self._pending: list[JobEvent] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._error: WingmanError | None = None
-
-    def deliver(self, event: JobEvent) -> None:
-        """Take the next event from the engine."""
-        if isinstance(event, Started):
-            self.slot_id = event.slot_id
-            return
-        previous = self._pending[-1] if self._pending else None
-        if isinstance(event, TextDelta) and isinstance(previous, TextDelta):
-            event = _merge(previous, event)
-            self._pending[-1] = event
-            if len(event.text) > self._max_unread:
-                self._overrun()
-        else:
-            self._pending.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _overrun(self) -> None:
-        self._error = SlowReader(
-            f"more than {self._max_unread} bytes of output were left unread (--max-unread)"
-        )
-        self._pending.clear()
-        self._forget(self.job.id)
-
-    async def __aenter__(self) -> JobStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Cancel the job unless it has ended; harmless when called again."""
-        self._forget(self.job.id)
-
-    async def __aiter__(self) -> AsyncIterator[JobEvent]:
-        """Progress and TextDelta events, then one Finished. Raises what the job failed of."""
-        while True:
-            event = await self._next()
-            if isinstance(event, Failed):
-                raise _failure(event)
-            yield event
-            if isinstance(event, Finished):
-                return
-
-    async def result(self) -> Finished:
-        """Wait for the end; for jobs that don't stream."""
-        while True:
-            event = await self._next()
-            if isinstance(event, Failed):
-                raise _failure(event)
-            if isinstance(event, Finished):
-                return event
-
-    async def _next(self) -> JobEvent:
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return self._pending.pop(0)
-
-
-def _merge(first: TextDelta, second: TextDelta) -> TextDelta:
-    return TextDelta(
-        first.job_id, first.text + second.text, first.tokens + second.tokens, second.n_decoded, second.timings
-    )
-
-
-def _failure(event: Failed) -> WingmanError:
-    if event.kind is FailureKind.INVALID:
-        return InvalidRequest(event.message)
-    if event.kind is FailureKind.UNAVAILABLE:
-        return Unavailable(event.message)
-    return EngineFailure(event.message)
 
 
 def _make_llama_runner(model: ModelConfig, context: ContextConfig) -> Runner:

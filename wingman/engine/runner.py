@@ -8,14 +8,17 @@ script a Runner, `wingman.engine.llama` is the real one. All on the engine threa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from wingman.config import SamplingParams
-from wingman.engine.types import ModelInfo
+from wingman.engine.types import Constraint, ModelInfo, TokenProb
 
 TO_END = -1
 """An end position that means "everything from the start position on" (llama_memory_seq_rm)."""
+
+MAX_EMBED_INPUTS = 64
+"""Inputs in one batch of embeddings; each is a sequence of the embedding context."""
 
 
 class RunnerFailure(Exception):
@@ -51,6 +54,19 @@ class SamplerStart:
     slot_id: int
     params: SamplingParams
     history: Sequence[int]
+    constraint: Constraint | None = None
+    n_probs: int = 0
+    post_sampling_probs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """After the step, give slot `target` a copy of slot `source`'s cache, and sample for it from the
+    same logits if the source's chunk wants a sample."""
+
+    source: int
+    target: int
+    job_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +82,17 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: cache operations first, in order, then the chunks at once."""
+    """One step: cache operations first, in order, then the chunks at once, then the forks.
+
+    `lora` holds the scale of each loaded adapter.
+    """
 
     kv: tuple[KvOp, ...]
     samplers: tuple[SamplerStart, ...]
     chunks: tuple[Chunk, ...]
     planned_at: float
+    forks: tuple[Fork, ...] = ()
+    lora: tuple[float, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -79,8 +100,13 @@ class Batch:
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
 
-Samples = Mapping[int, int]
-"""Slot id -> token sampled, for each chunk that wanted one."""
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What a step sampled, by slot id. `stuck` slots got no token: their grammar allows none."""
+
+    tokens: Mapping[int, int]
+    probs: Mapping[int, TokenProb] = field(default_factory=dict)
+    stuck: frozenset[int] = frozenset()
 
 
 class Vocabulary(Protocol):
@@ -103,11 +129,22 @@ class Tokenizer(Vocabulary, Protocol):
         """Text of `tokens`; invalid bytes become U+FFFD."""
 
 
+class SamplerParts(Protocol):
+    """Builds the slow parts of samplers ahead, so that the engine thread need not; thread-safe."""
+
+    def prepare(self, params: SamplingParams, constraint: Constraint | None) -> None:
+        """Compile the grammar and the like; raises InvalidRequest when the grammar is broken."""
+
+
 class Runner(Protocol):
     """A loaded model with its contexts."""
 
     info: ModelInfo
     tokenizer: Tokenizer
+
+    @property
+    def parts(self) -> SamplerParts:
+        """What builds samplers ahead."""
 
     @property
     def n_batch(self) -> int:
@@ -127,6 +164,15 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> Samples:
         """Compute a batch. Raises RunnerFailure."""
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
+        """Vectors of inputs that fit one batch, as float32 bytes. Raises RunnerFailure."""
+
+    def save_slot(self, slot_id: int) -> bytes:
+        """The serialised cache of a slot."""
+
+    def restore_slot(self, slot_id: int, state: bytes) -> bool:
+        """Fill an empty slot from `save_slot` output; False, and the slot empty, when it does not fit."""
 
     def reset(self) -> None:
         """Rebuild the context after a failure: every slot is empty afterwards."""

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from wingman.engine.lifecycle import JobMove, JobState
 from wingman.engine.runner import (
     TO_END,
     Batch,
     Chunk,
+    Fork,
     KvOp,
     KvRemove,
     KvShift,
@@ -33,12 +35,15 @@ from wingman.engine.types import (
     Job,
     JobEvent,
     Progress,
-    SlotView,
+    SlotChanged,
+    SlotJob,
+    SlotMove,
     Snapshot,
     Started,
     StopType,
     TextDelta,
 )
+from wingman.engine.views import snapshot_of
 
 MIN_PREFILL_TOKENS = 32
 """Least prompt tokens a step takes beside running generations, so that prompts always advance."""
@@ -79,6 +84,8 @@ class Scheduler:
         self._jobs: dict[int, Sequence] = {}
         self._events: list[JobEvent] = []
         self._kv: list[KvOp] = []
+        self._slot_jobs: deque[SlotJob] = deque()
+        self._lora: tuple[float, ...] = ()
         self._prefill_rate = 0.0
         self.stats = EngineStats()
 
@@ -87,16 +94,22 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to compute."""
-        return not self._jobs
+        return not self._jobs and not self._slot_jobs
 
     def add(self, job: Job, now: float) -> None:
         """Queue a job. The caller has checked that its prompt fits a slot."""
         sequence = Sequence(job, now)
+        leader = None if job.fork_of is None else self._jobs.get(job.fork_of)
+        if leader is not None and leader.state is JobState.QUEUED:
+            sequence.follow(leader)
         self._jobs[job.id] = sequence
         self._queue.append(sequence)
 
     def cancel(self, job_id: int) -> None:
         """Forget a job at once; its slot is free for the next plan. Unknown ids are ignored."""
+        for slot_job in tuple(self._slot_jobs):
+            if slot_job.id == job_id:
+                self._drop_slot_job(slot_job)
         sequence = self._jobs.get(job_id)
         if sequence is not None:
             sequence.move(JobMove.CANCEL)
@@ -123,6 +136,8 @@ class Scheduler:
 
     def end_all(self) -> None:
         """Finish what generates with what it has; fail what has generated nothing yet."""
+        for slot_job in tuple(self._slot_jobs):
+            self.refuse_slot_job(slot_job, FailureKind.UNAVAILABLE, "the server is shutting down")
         for sequence in tuple(self._jobs.values()):
             if not sequence.output:
                 self.fail(sequence.job.id, FailureKind.UNAVAILABLE, "the server is shutting down")
@@ -136,6 +151,7 @@ class Scheduler:
         return events
 
     def _retire(self, sequence: Sequence) -> None:
+        sequence.part()
         del self._jobs[sequence.job.id]
         if sequence.slot_id < 0:
             self._queue.remove(sequence)
@@ -164,40 +180,87 @@ class Scheduler:
         self._retire(sequence)
         self._events.append(sequence.finished(len(slot.tokens)))
 
+    # -- slots saved, restored and erased -----------------------------------------------------
+
+    def add_slot_job(self, job: SlotJob) -> None:
+        """Queue a change of a slot; no other job enters the slot before it is done."""
+        self._slot_jobs.append(job)
+        self._pool.slots[job.slot_id].is_reserved = True
+
+    def next_slot_job(self) -> SlotJob | None:
+        """The first change whose slot is idle and as the cache is; the caller does it and reports."""
+        if self._kv:
+            return None
+        return next((job for job in self._slot_jobs if self._pool.slots[job.slot_id].is_idle), None)
+
+    def held_tokens(self, slot_id: int) -> tuple[int, ...]:
+        """The tokens whose cache a slot holds."""
+        return tuple(self._pool.slots[slot_id].tokens)
+
+    def finish_slot_job(self, job: SlotJob, state: bytes = b"") -> None:
+        """The change is done; a restored slot holds the job's tokens, an erased one none."""
+        slot = self._pool.slots[job.slot_id]
+        tokens = tuple(slot.tokens)
+        if job.move is SlotMove.ERASE:
+            self._forget(slot, 0)
+        elif job.move is SlotMove.RESTORE:
+            tokens = job.tokens
+            slot.tokens[:] = tokens
+        self._drop_slot_job(job)
+        self._events.append(SlotChanged(job.id, tokens, state))
+
+    def refuse_slot_job(self, job: SlotJob, kind: FailureKind, message: str) -> None:
+        """The change can't be done; a slot that was to be restored is empty."""
+        if job.move is SlotMove.RESTORE:
+            self._forget(self._pool.slots[job.slot_id], 0)
+        self._drop_slot_job(job)
+        self._events.append(Failed(job.id, kind, message))
+
+    def _drop_slot_job(self, job: SlotJob) -> None:
+        self._slot_jobs.remove(job)
+        is_reserved = any(other.slot_id == job.slot_id for other in self._slot_jobs)
+        self._pool.slots[job.slot_id].is_reserved = is_reserved
+
     # -- plan ---------------------------------------------------------------------------------
 
     def plan(self, now: float) -> Batch | None:
         """The next batch, or None when there is nothing to compute."""
         self._admit(now)
+        self._choose_lora()
         chunks: list[Chunk] = []
         for slot in self._pool.slots:
-            if slot.sequence is not None and slot.sequence.state is JobState.DECODE:
+            if self._is_due(slot.sequence, JobState.DECODE):
                 self._plan_decode(slot, slot.sequence, chunks)
-        samplers = self._plan_prefill(chunks)
+        samplers, forks = self._plan_prefill(chunks)
         if not chunks and not self._kv:
             return None
         kv, self._kv = tuple(self._kv), []
         self.stats.n_steps += 1
         self.stats.n_busy_slots_total += len(chunks)
-        return Batch(kv, samplers, tuple(chunks), now)
+        return Batch(kv, samplers, tuple(chunks), now, forks, self._lora)
 
     def _admit(self, now: float) -> None:
         """Place queued jobs, first come first served; one that waits for its own slot lets others by."""
         for sequence in tuple(self._queue):
+            if sequence.leader is not None:  # placed with its leader
+                continue
             job = sequence.job
-            slot = self._pool.choose(job.prompt if job.cache_prompt else (), job.id_slot)
-            if slot is not None:
-                self._queue.remove(sequence)
-                self._place(sequence, slot, now)
+            prompt = job.prompt if job.cache_prompt else ()
+            slots = self._pool.choose_group(prompt, job.id_slot, len(sequence.forks))
+            if slots is not None:
+                for member, slot in zip((sequence, *sequence.forks), slots, strict=True):
+                    self._place(member, slot, now)
             elif job.id_slot < 0:
                 break
 
     def _place(self, sequence: Sequence, slot: Slot, now: float) -> None:
         job = sequence.job
-        n_reused = self._n_reusable(job, slot)
+        self._queue.remove(sequence)
+        n_reused = 0 if sequence.leader is not None else self._n_reusable(job, slot)
         self._forget(slot, n_reused)
         slot.sequence = slot.last_sequence = sequence
         slot.last_used = now
+        slot.lora = job.lora
         sequence.place(slot.id, n_reused, now)
         self.stats.queue_wait.observe(now - sequence.queued_at)
         self._events.append(Started(job.id, slot.id))
@@ -205,12 +268,26 @@ class Scheduler:
 
     def _n_reusable(self, job: Job, slot: Slot) -> int:
         """Prompt tokens that the slot's cache already holds; at least one is always left to evaluate."""
-        if not job.cache_prompt:
+        if not job.cache_prompt or slot.lora != job.lora:
             return 0
         n_common = min(common_prefix(slot.tokens, job.prompt), len(job.prompt) - 1)
         if n_common < len(slot.tokens) and not self._limits.can_rollback:
             return 0
         return n_common
+
+    def _choose_lora(self) -> None:
+        """A step has one set of adapter scales; jobs that want different ones take turns."""
+        wanted = sorted({slot.sequence.job.lora for slot in self._pool.slots if slot.sequence is not None})
+        if wanted:
+            self._lora = next((lora for lora in wanted if lora > self._lora), wanted[0])
+
+    def _is_due(self, sequence: Sequence | None, state: JobState) -> TypeGuard[Sequence]:
+        return (
+            sequence is not None
+            and sequence.state is state
+            and sequence.leader is None
+            and sequence.job.lora == self._lora
+        )
 
     def _forget(self, slot: Slot, n_kept: int) -> None:
         if n_kept < len(slot.tokens):
@@ -240,17 +317,17 @@ class Scheduler:
         del slot.tokens[n_keep:end]
         sequence.truncated = True
 
-    def _plan_prefill(self, chunks: list[Chunk]) -> tuple[SamplerStart, ...]:
-        samplers = []
+    def _plan_prefill(self, chunks: list[Chunk]) -> tuple[tuple[SamplerStart, ...], tuple[Fork, ...]]:
+        samplers: list[SamplerStart] = []
+        forks: list[Fork] = []
         budget = self._prefill_budget(len(chunks))
         n_reserved = len(chunks) * UNIFIED_RESERVE_TOKENS
-        for sequence in tuple(self._jobs.values()):  # in order of arrival
+        due = [sequence for sequence in self._jobs.values() if self._is_due(sequence, JobState.PREFILL)]
+        for sequence in due:  # in order of arrival
             if budget <= 0:
                 break
-            if sequence.state is not JobState.PREFILL:
-                continue
             slot = self._pool.slots[sequence.slot_id]
-            n_reserved += sequence.n_prompt_left
+            n_reserved += sequence.n_prompt_left + len(sequence.forks) * len(sequence.job.prompt)
             if not self._make_room(n_reserved):
                 if not chunks:
                     self.fail(sequence.job.id, FailureKind.ENGINE, "the shared context is full")
@@ -261,11 +338,22 @@ class Scheduler:
             tokens = sequence.job.prompt[start : start + n_tokens]
             is_last = n_tokens == sequence.n_prompt_left
             wants_sample = is_last and sequence.job.n_predict != 0
-            if wants_sample:
-                samplers.append(SamplerStart(slot.id, sequence.job.sampling, sequence.job.prompt))
             chunks.append(Chunk(slot.id, sequence.job.id, tokens, len(slot.tokens), wants_sample))
             slot.tokens.extend(tokens)
-        return tuple(samplers)
+            if is_last:
+                group = (sequence, *sequence.forks)
+                forks += self._plan_forks(sequence, slot)
+                if wants_sample:
+                    samplers += map(_sampler_start, group)
+        return tuple(samplers), tuple(forks)
+
+    def _plan_forks(self, leader: Sequence, slot: Slot) -> list[Fork]:
+        """Copies of a prompt that is complete after this step; the sequences go their own ways then."""
+        forks = [Fork(slot.id, fork.slot_id, fork.job.id) for fork in leader.forks]
+        for fork in forks:
+            self._pool.slots[fork.target].tokens[:] = slot.tokens
+        leader.part()
+        return forks
 
     def _prefill_budget(self, n_decoding: int) -> int:
         most = min(self._limits.n_ubatch, self._limits.n_batch - n_decoding)
@@ -301,16 +389,27 @@ class Scheduler:
             if sequence.state is JobState.PREFILL:
                 sequence.n_processed += len(chunk.tokens)
                 self._report_progress(sequence, now)
-                if sequence.n_prompt_left:
-                    continue
-                if not chunk.wants_sample:  # n_predict 0: the prompt is cached, nothing is generated
-                    sequence.last_token_at = now
-                    self._end_early(sequence, truncated=False)
-                    continue
-                sequence.move(JobMove.SAMPLE)
-            self._take(sequence, samples[chunk.slot_id], now)
+                if not sequence.n_prompt_left:
+                    self._begin(sequence, samples, now)
+            else:
+                self._take(sequence, samples, now)
+        for fork in batch.forks:
+            sequence = self._jobs.get(fork.job_id)
+            if sequence is not None:
+                sequence.n_processed = sequence.n_cached = len(sequence.job.prompt)
+                self._report_progress(sequence, now)
+                self._begin(sequence, samples, now)
         for slot in self._pool.slots:
             self.stats.n_tokens_max = max(self.stats.n_tokens_max, len(slot.tokens))
+
+    def _begin(self, sequence: Sequence, samples: Samples, now: float) -> None:
+        """The prompt is evaluated: take the first token, unless none is wanted."""
+        if sequence.job.n_predict == 0:  # the prompt is cached, nothing is generated
+            sequence.last_token_at = now
+            self._end_early(sequence, truncated=False)
+            return
+        sequence.move(JobMove.SAMPLE)
+        self._take(sequence, samples, now)
 
     def _measure(self, batch: Batch, now: float) -> None:
         """Follow the speed of prompt evaluation, in tokens per second."""
@@ -320,9 +419,14 @@ class Scheduler:
             rate = n_tokens / elapsed
             self._prefill_rate = rate if not self._prefill_rate else 0.8 * self._prefill_rate + 0.2 * rate
 
-    def _take(self, sequence: Sequence, token: int, now: float) -> None:
+    def _take(self, sequence: Sequence, samples: Samples, now: float) -> None:
         slot = self._pool.slots[sequence.slot_id]
         slot.last_used = now
+        if slot.id in samples.stuck:  # its grammar leaves nothing to say
+            sequence.last_token_at = sequence.last_token_at or now
+            self._end_early(sequence, truncated=False)
+            return
+        token, prob = samples.tokens[slot.id], samples.probs.get(slot.id)
         if sequence.output:
             self.stats.token_gap.observe(now - sequence.last_token_at)
         else:
@@ -330,7 +434,7 @@ class Scheduler:
         n_ctx_left = _ENDLESS
         if not self._limits.shifts_context:
             n_ctx_left = self._limits.n_ctx_slot - len(slot.tokens) - 1
-        delta = sequence.take(token, self._vocabulary, n_ctx_left, now)
+        delta = sequence.take(token, prob, self._vocabulary, n_ctx_left, now)
         if sequence.job.stream:
             self._events.append(delta)
         if sequence.stop_type is not StopType.NONE:
@@ -347,22 +451,7 @@ class Scheduler:
 
     def snapshot(self) -> Snapshot:
         """A frozen view for monitoring; a few microseconds."""
-        stats = self.stats
-        return Snapshot(
-            slots=tuple(_view(slot) for slot in self._pool.slots),
-            n_waiting=len(self._queue),
-            n_steps=stats.n_steps,
-            n_busy_slots_total=stats.n_busy_slots_total,
-            prompt_tokens_total=stats.prompt_tokens,
-            prompt_tokens_cached_total=stats.prompt_tokens_cached,
-            prompt_seconds_total=stats.prompt_seconds,
-            predicted_tokens_total=stats.predicted_tokens,
-            predicted_seconds_total=stats.predicted_seconds,
-            n_tokens_max=stats.n_tokens_max,
-            first_token=stats.first_token.view(),
-            token_gap=stats.token_gap.view(),
-            queue_wait=stats.queue_wait.view(),
-        )
+        return snapshot_of(self._pool.slots, len(self._queue), self.stats)
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps; used by tests after every move."""
@@ -375,24 +464,13 @@ class Scheduler:
             assert sequence.slot_id == slot.id
             assert sequence.state in (JobState.PREFILL, JobState.DECODE)
             assert len(slot.tokens) <= self._limits.n_ctx_slot
+            assert all(fork.leader is sequence for fork in sequence.forks)
         if self._limits.is_unified:
             assert self._pool.n_held <= self._limits.n_ctx_total
 
 
-def _view(slot: Slot) -> SlotView:
-    sequence = slot.last_sequence
-    if sequence is None:
-        return SlotView(slot.id, None, is_busy=False)
-    return SlotView(
-        id=slot.id,
-        job_id=sequence.job.id,
-        is_busy=not slot.is_idle,
-        n_prompt=len(sequence.job.prompt),
-        n_processed=sequence.n_processed - sequence.n_cached,
-        n_cached=sequence.n_cached,
-        n_decoded=len(sequence.output),
-        n_held=len(slot.tokens),
-        has_new_line=sequence.has_new_line,
-        stop_type=sequence.stop_type,
-        stopping_word=sequence.stopping_word,
+def _sampler_start(sequence: Sequence) -> SamplerStart:
+    job = sequence.job
+    return SamplerStart(
+        sequence.slot_id, job.sampling, job.prompt, job.constraint, job.n_probs, job.post_sampling_probs
     )

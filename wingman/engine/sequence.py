@@ -9,7 +9,7 @@ from __future__ import annotations
 from wingman.engine.detokenizer import Detokenizer
 from wingman.engine.lifecycle import JobMove, JobState, advance
 from wingman.engine.runner import Vocabulary
-from wingman.engine.types import Finished, Job, StopType, TextDelta, Timings
+from wingman.engine.types import Finished, Job, StopType, TextDelta, Timings, TokenProb
 
 
 class Sequence:
@@ -26,7 +26,12 @@ class Sequence:
         self.n_processed = 0
         """Prompt tokens in the cache, the reused ones included."""
         self.n_cached = 0
+        self.leader: Sequence | None = None
+        """The sequence whose prompt evaluation this one waits for and then copies."""
+        self.forks: list[Sequence] = []
+        """Those that wait for this one."""
         self.output: list[int] = []
+        self.probs: list[TokenProb] = []
         self.next_token = -1
         """Sampled, but not yet in the cache."""
         self.stop_type = StopType.NONE
@@ -53,13 +58,31 @@ class Sequence:
         """Prompt tokens still to be evaluated."""
         return len(self.job.prompt) - self.n_processed
 
-    def take(self, token: int, vocabulary: Vocabulary, n_ctx_left: int, now: float) -> TextDelta:
+    def follow(self, leader: Sequence) -> None:
+        """Wait for `leader` to evaluate the prompt that both have."""
+        self.leader = leader
+        leader.forks.append(self)
+
+    def part(self) -> None:
+        """Depend on no other sequence any more, and let none depend on this one."""
+        if self.leader is not None:
+            self.leader.forks.remove(self)
+            self.leader = None
+        for fork in self.forks:
+            fork.leader = None
+        self.forks.clear()
+
+    def take(
+        self, token: int, prob: TokenProb | None, vocabulary: Vocabulary, n_ctx_left: int, now: float
+    ) -> TextDelta:
         """Account for a sampled token; `stop_type` says afterwards whether this was the last.
 
         `n_ctx_left` is how many more tokens the slot's context takes, or a huge number when it
         shifts.
         """
         job = self.job
+        if prob is not None:
+            self.probs.append(prob)
         self.output.append(token)
         self.next_token = token
         if len(self.output) == 1:
@@ -90,7 +113,7 @@ class Sequence:
         if text:
             self._text.append(text)
         timings = self.timings() if job.timings_per_token else None
-        return TextDelta(job.id, text, (token,), len(self.output), timings)
+        return TextDelta(job.id, text, (token,), len(self.output), timings, (prob,) if prob else ())
 
     def _stop(self, stop_type: StopType) -> None:
         if self.stop_type is StopType.NONE:
@@ -149,6 +172,8 @@ class Sequence:
             truncated=self.truncated,
             has_new_line=self.has_new_line,
             timings=self.timings(),
+            probs=tuple(self.probs),
+            is_fork=self.job.fork_of is not None,
         )
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Slot:
     """One sequence id of the cache. `last_used` is a time of the engine's clock; 0 = never."""
 
-    __slots__ = ("id", "last_sequence", "last_used", "sequence", "tokens")
+    __slots__ = ("id", "is_reserved", "last_sequence", "last_used", "lora", "sequence", "tokens")
 
     def __init__(self, slot_id: int) -> None:
         self.id = slot_id
@@ -24,6 +24,10 @@ class Slot:
         self.sequence: Sequence | None = None
         self.last_sequence: Sequence | None = None
         self.last_used = 0.0
+        self.lora: tuple[float, ...] = ()
+        """The adapter scales its tokens were computed with."""
+        self.is_reserved = False
+        """Whether somebody waits to save, restore or erase it; no job enters it then."""
 
     @property
     def is_idle(self) -> bool:
@@ -49,10 +53,9 @@ class SlotPool:
         than the similarity share of the prompt; else the least recently used (get_available_slot
         of llama-server).
         """
+        idle = [slot for slot in self.slots if slot.is_idle and not slot.is_reserved]
         if id_slot >= 0:
-            slot = self.slots[id_slot]
-            return slot if slot.is_idle else None
-        idle = [slot for slot in self.slots if slot.is_idle]
+            return self.slots[id_slot] if self.slots[id_slot] in idle else None
         if not idle:
             return None
         if self._similarity > 0:
@@ -61,9 +64,21 @@ class SlotPool:
                 return best
         return min(idle, key=lambda slot: slot.last_used)
 
+    def choose_group(self, prompt: Tokens[int], id_slot: int, n_forks: int) -> list[Slot] | None:
+        """The slot for a prompt as `choose` finds it, and the least recently used ones for its forks; None
+        unless all are free."""
+        first = self.choose(prompt, id_slot)
+        if first is None:
+            return None
+        others = [slot for slot in self.slots if slot.is_idle and not slot.is_reserved and slot is not first]
+        if len(others) < n_forks:
+            return None
+        others.sort(key=lambda slot: slot.last_used)
+        return [first, *others[:n_forks]]
+
     def idle_holding(self) -> list[Slot]:
         """Idle slots that hold tokens, least recently used first."""
-        holding = [slot for slot in self.slots if slot.is_idle and slot.tokens]
+        holding = [slot for slot in self.slots if slot.is_idle and slot.tokens and not slot.is_reserved]
         return sorted(holding, key=lambda slot: slot.last_used)
 
     @property

@@ -1,5 +1,7 @@
 """The engine thread: drain the inbox, plan, run, apply, post. The only user of threading.
 
+A turn is one step of generation, then one batch of embeddings, so that neither starves the other.
+
 It owns the runner and the scheduler from birth to death. It blocks only on an empty inbox, never
 on the loop. What it posts is frozen; `snapshot` and `step_started_at` are single values that it
 alone writes and anybody may read.
@@ -14,14 +16,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from wingman.engine.runner import Batch, Runner, RunnerFailure, Tokenizer
+from wingman.engine.embedding import EmbeddingQueue
+from wingman.engine.runner import (
+    MAX_EMBED_INPUTS,
+    Batch,
+    Runner,
+    RunnerFailure,
+    SamplerParts,
+    Samples,
+    Tokenizer,
+)
 from wingman.engine.scheduler import Scheduler
 from wingman.engine.types import (
     Cancel,
+    ChangeSlot,
     Command,
+    Embed,
     EndAll,
+    FailureKind,
     ModelInfo,
-    Shutdown,
+    SlotJob,
+    SlotMove,
     Snapshot,
     StepOutput,
     Submit,
@@ -44,6 +59,7 @@ class Loaded:
 
     info: ModelInfo
     tokenizer: Tokenizer
+    parts: SamplerParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,63 +129,101 @@ class EngineThread:
 
     def _serve(self, runner: Runner) -> None:
         scheduler = self._make_scheduler(runner)
+        embeddings = EmbeddingQueue(runner.info.embedding.n_max, MAX_EMBED_INPUTS)
         self._publish(scheduler, self._clock())
-        self._post(Loaded(runner.info, runner.tokenizer))
-        while self._drain(scheduler, wait=scheduler.is_idle):
+        self._post(Loaded(runner.info, runner.tokenizer, runner.parts))
+        while self._drain(scheduler, embeddings, wait=scheduler.is_idle and embeddings.is_idle):
+            self._change_slots(runner, scheduler)
             batch = scheduler.plan(self._clock())
             if batch is not None:
-                if not self._compute(runner, scheduler, batch):
+                samples = self._compute(runner, scheduler, batch)
+                if not self._drain(scheduler, embeddings, wait=False):
                     return
-            elif not scheduler.is_idle:
+                if samples is not None:
+                    scheduler.apply(batch, samples, self._clock())
+            elif not scheduler.is_idle and embeddings.is_idle:
                 time.sleep(STALL_WAIT_S)
-            self._flush(scheduler)
+            self._flush(scheduler, embeddings)
+            if self._embed(runner, embeddings):
+                self._flush(scheduler, embeddings)
 
-    def _drain(self, scheduler: Scheduler, *, wait: bool) -> bool:
+    def _drain(self, scheduler: Scheduler, embeddings: EmbeddingQueue, *, wait: bool) -> bool:
         """Obey everything in the inbox; False once told to shut down."""
         try:
             command = self._inbox.get(block=wait)
             while True:
-                if isinstance(command, Submit):
-                    scheduler.add(command.job, self._clock())
-                elif isinstance(command, Cancel):
-                    scheduler.cancel(command.job_id)
-                elif isinstance(command, EndAll):
-                    scheduler.end_all()
-                else:
-                    assert isinstance(command, Shutdown)
-                    return False
+                match command:
+                    case Submit(jobs):
+                        for job in jobs:
+                            scheduler.add(job, self._clock())
+                    case Embed(job):
+                        embeddings.add(job)
+                    case ChangeSlot(job):
+                        scheduler.add_slot_job(job)
+                    case Cancel(job_id):
+                        scheduler.cancel(job_id)
+                        embeddings.cancel(job_id)
+                    case EndAll():
+                        scheduler.end_all()
+                        embeddings.end_all()
+                    case _:
+                        return False
                 command = self._inbox.get_nowait()
         except Empty:
             return True
 
-    def _compute(self, runner: Runner, scheduler: Scheduler, batch: Batch) -> bool:
-        """Run one batch; False when told to shut down meanwhile."""
+    def _compute(self, runner: Runner, scheduler: Scheduler, batch: Batch) -> Samples | None:
+        """Run one batch; None when it failed, which ends its jobs."""
         self.step_started_at = batch.planned_at
         try:
-            samples = runner.run(batch)
+            return runner.run(batch)
         except RunnerFailure as error:
             log.error("a step failed: %s", error)
-            self._recover(runner, scheduler, batch)
-            return True
         except Exception:
             log.exception("a step failed")
-            self._recover(runner, scheduler, batch)
-            return True
         finally:
             self.step_started_at = None
-        goes_on = self._drain(scheduler, wait=False)
-        scheduler.apply(batch, samples, self._clock())
-        return goes_on
-
-    def _recover(self, runner: Runner, scheduler: Scheduler, batch: Batch) -> None:
-        """End the jobs of a failed step and go on with a fresh context."""
         scheduler.fail_batch(batch, _FAILED_STEP)
-        self._flush(scheduler)
+        self._post(StepOutput(scheduler.take_events()))  # rebuilding the context may take long
         runner.reset()
+        return None
 
-    def _flush(self, scheduler: Scheduler) -> None:
+    def _embed(self, runner: Runner, embeddings: EmbeddingQueue) -> bool:
+        """Run one batch of embeddings; False when none waits."""
+        batch = embeddings.plan()
+        if not batch:
+            return False
+        self.step_started_at = self._clock()
+        try:
+            embeddings.apply(batch, runner.embed([item.tokens for item in batch]))
+        except Exception as error:
+            log.error("embedding failed: %s", error, exc_info=not isinstance(error, RunnerFailure))
+            embeddings.fail(batch, _FAILED_STEP)
+        finally:
+            self.step_started_at = None
+        return True
+
+    def _change_slots(self, runner: Runner, scheduler: Scheduler) -> None:
+        """Save, restore and erase what is idle."""
+        while (job := scheduler.next_slot_job()) is not None:
+            try:
+                self._change_slot(job, runner, scheduler)
+            except Exception:
+                log.exception("slot %d could not be changed", job.slot_id)
+                scheduler.refuse_slot_job(job, FailureKind.ENGINE, _FAILED_STEP)
+
+    def _change_slot(self, job: SlotJob, runner: Runner, scheduler: Scheduler) -> None:
+        if job.move is SlotMove.SAVE:
+            scheduler.finish_slot_job(job, runner.save_slot(job.slot_id))
+        elif job.move is SlotMove.RESTORE and not runner.restore_slot(job.slot_id, job.state):
+            message = "the file was saved from another model or is damaged; the slot is empty now"
+            scheduler.refuse_slot_job(job, FailureKind.INVALID, message)
+        else:
+            scheduler.finish_slot_job(job)
+
+    def _flush(self, scheduler: Scheduler, embeddings: EmbeddingQueue) -> None:
         """Post what happened: one wake-up of the loop, none when nothing did."""
-        events = scheduler.take_events()
+        events = scheduler.take_events() + embeddings.take_events()
         now = self._clock()
         is_due = now - self._snapshot_at >= SNAPSHOT_INTERVAL_S
         if is_due or scheduler.is_idle or not all(isinstance(event, TextDelta) for event in events):

@@ -23,6 +23,17 @@ class StopType(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """A GBNF grammar, start rule `root`, that output must match. A lazy one begins where one of the
+    trigger texts or tokens appears."""
+
+    grammar: str
+    is_lazy: bool = False
+    trigger_texts: tuple[str, ...] = ()
+    trigger_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One prompt to be completed once. `prompt` is never empty; counts are in tokens."""
 
@@ -43,6 +54,52 @@ class Job:
     timings_per_token: bool = False
     preserved_tokens: frozenset[int] = frozenset()
     """Special tokens whose text is part of the output."""
+    constraint: Constraint | None = None
+    n_probs: int = 0
+    """Alternatives reported with each token; 0: no probabilities at all."""
+    post_sampling_probs: bool = False
+    lora: tuple[float, ...] = ()
+    """Scale of each loaded adapter."""
+    fork_of: int | None = None
+    """The job with the same prompt whose evaluation this one shares; both are submitted together."""
+
+
+class PoolingType(enum.Enum):
+    """How token vectors become the vector of an input (llama_pooling_type)."""
+
+    NONE = 0
+    MEAN = 1
+    CLS = 2
+    LAST = 3
+    RANK = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedJob:
+    """Inputs to be embedded, as token ids."""
+
+    id: int
+    inputs: tuple[tuple[int, ...], ...]
+
+
+class SlotMove(enum.Enum):
+    """What can be done with what an idle slot holds."""
+
+    SAVE = "save"
+    RESTORE = "restore"
+    ERASE = "erase"
+
+
+@dataclass(frozen=True, slots=True)
+class SlotJob:
+    """Save, restore or erase a slot once it is idle. For a restore, `state` is the runtime's
+    serialised cache of `tokens`."""
+
+    id: int
+    slot_id: int
+    move: SlotMove
+    tokens: tuple[int, ...] = ()
+    state: bytes = b""
 
 
 # -- commands, loop to engine ---------------------------------------------------------------------
@@ -50,9 +107,23 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Queue a job."""
+    """Queue jobs; a fork comes after the job it shares its prompt with."""
 
-    job: Job
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Queue inputs to be embedded."""
+
+    job: EmbedJob
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeSlot:
+    """Queue a change of a slot."""
+
+    job: SlotJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +143,7 @@ class Shutdown:
     """Free everything and end the thread."""
 
 
-Command = Submit | Cancel | EndAll | Shutdown
+Command = Submit | Embed | ChangeSlot | Cancel | EndAll | Shutdown
 
 
 # -- events, engine to loop -----------------------------------------------------------------------
@@ -125,6 +196,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenProb:
+    """A sampled token with its likeliest alternatives, likeliest first, as (token, value).
+
+    Values are natural logarithms of the probability before sampling or, when the job asked for
+    post-sampling probabilities, the probabilities the samplers left.
+    """
+
+    token: int
+    value: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """New text; may be empty when a token's text is held back. `n_decoded` counts tokens so far."""
 
@@ -133,6 +217,7 @@ class TextDelta:
     tokens: tuple[int, ...]
     n_decoded: int
     timings: Timings | None = None
+    probs: tuple[TokenProb, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +236,27 @@ class Finished:
     truncated: bool
     has_new_line: bool
     timings: Timings
+    probs: tuple[TokenProb, ...] = ()
+    is_fork: bool = False
+    """Whether its prompt was evaluated for another job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The vectors of an EmbedJob as little-endian float32 bytes, one item per input: one vector, or one
+    per token when nothing is pooled."""
+
+    job_id: int
+    vectors: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotChanged:
+    """A SlotJob is done. `tokens` are those saved, restored or erased; `state` is what a save yields."""
+
+    job_id: int
+    tokens: tuple[int, ...]
+    state: bytes = b""
 
 
 class FailureKind(enum.Enum):
@@ -170,7 +276,7 @@ class Failed:
     message: str
 
 
-JobEvent = Started | Progress | TextDelta | Finished | Failed
+JobEvent = Started | Progress | TextDelta | Finished | Embedded | SlotChanged | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +331,35 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class FimTokens:
+    """Ids of the fill-in-the-middle tokens; -1 for a missing one of `repo` and `sep`."""
+
+    prefix: int
+    suffix: int
+    middle: int
+    repo: int = -1
+    sep: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingInfo:
+    """What a model's embeddings look like; `n_max` is the longest input in tokens."""
+
+    pooling: PoolingType
+    n_dims: int
+    n_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraInfo:
+    """A loaded LoRA adapter and its scale at start."""
+
+    path: str
+    scale: float
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the loop may know of a loaded model; sizes are in bytes, counts in tokens."""
 
@@ -249,4 +384,16 @@ class ModelInfo:
     max_piece_bytes: int
     """Length of the longest token."""
     eog_tokens: tuple[int, ...] = ()
+    can_generate: bool = True
+    """False for a model that only embeds."""
+    embedding: EmbeddingInfo = EmbeddingInfo(PoolingType.MEAN, 0, 0)
+    fim: FimTokens | None = None
+    loras: tuple[LoraInfo, ...] = ()
+    sep_token: int = -1
+    eos_id: int = -1
+    bos_id: int = -1
+    adds_eos: bool = False
+    adds_sep: bool = False
+    rerank_template: str | None = None
+    """A prompt with {query} and {document}, for models that rank."""
     metadata: dict[str, str] = field(default_factory=dict)

@@ -1,23 +1,22 @@
 """A llama_context: the KV cache of all slots, and the batch that is written again for each step.
-
-The batch's arrays are allocated once and seen through numpy, so that filling them costs a few
-microseconds whatever their length. Engine thread only.
+Engine thread only.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
 import psutil
 
 from wingman.config import ContextConfig
 from wingman.engine.llama import binding
+from wingman.engine.llama.batch import TokenBatch
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.model import LlamaModel
-from wingman.engine.runner import Batch, KvOp, KvRemove, RunnerFailure
+from wingman.engine.runner import Batch, Fork, KvOp, KvRemove, RunnerFailure
 from wingman.errors import ModelLoadFailure
 
 _GGML_BF16: Final = 30
@@ -33,6 +32,8 @@ _KV_TYPES: Final = {
     "q5_1": lib.GGML_TYPE_Q5_1,
 }
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
+_STATE_HEAD_BYTES: Final = 8
+"""A magic number and the slot's id, in front of what a slot file holds."""
 
 
 def default_threads() -> int:
@@ -46,41 +47,20 @@ class LlamaContext:
 
     def __init__(self, model: LlamaModel, config: ContextConfig) -> None:
         """Allocate cache and compute buffers. Raises ModelLoadFailure when they don't fit."""
-        self.handle: Any = lib.llama_init_from_model(model.handle, _params(model, config))
+        self.handle: Any = lib.llama_init_from_model(model.handle, context_params(model, config))
         if not self.handle:
             reason = binding.take_errors() or "out of memory?"
             raise ModelLoadFailure(f"can't make a context of {config.ctx_size} tokens: {reason}")
         self.memory: Any = lib.llama_get_memory(self.handle)
         if not self.memory:
             self.close()
-            raise ModelLoadFailure(f"{model.path.name} does not generate text (it has no KV cache)")
+            raise ModelLoadFailure(f"{model.path.name} does not generate text")
         self.n_batch = int(lib.llama_n_batch(self.handle))
         self.n_ubatch = int(lib.llama_n_ubatch(self.handle))
         self.n_ctx = int(lib.llama_n_ctx(self.handle))
         self.n_ctx_slot = min(int(lib.llama_n_ctx_seq(self.handle)), self.n_ctx)
-        self._allocate_batch()
-
-    def _allocate_batch(self) -> None:
-        size = self.n_batch
-        self._token = np.zeros(size, np.int32)
-        self._position = np.zeros(size, np.int32)
-        self._slot = np.zeros(size, np.int32)
-        self._n_slots = np.ones(size, np.int32)
-        self._wants_logits = np.zeros(size, np.int8)
-        slot_address = self._slot.ctypes.data
-        pointer = ctypes.POINTER(lib.llama_seq_id)
-        self._slot_pointers = (pointer * size)(
-            *(ctypes.cast(slot_address + 4 * index, pointer) for index in range(size))
-        )
-        self._batch = lib.llama_batch(
-            n_tokens=0,
-            token=self._token.ctypes.data_as(ctypes.POINTER(lib.llama_token)),
-            embd=None,
-            pos=self._position.ctypes.data_as(ctypes.POINTER(lib.llama_pos)),
-            n_seq_id=self._n_slots.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            seq_id=self._slot_pointers,
-            logits=self._wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
+        self._batch = TokenBatch(self.n_batch)
+        self._lora: tuple[float, ...] = ()
 
     def edit_cache(self, op: KvOp) -> None:
         """Apply one cache operation. Raises RunnerFailure when the cache can't do it."""
@@ -95,30 +75,58 @@ class LlamaContext:
 
         Raises RunnerFailure when llama_decode reports anything but success.
         """
-        end = 0
-        last = []
-        for chunk in batch.chunks:
-            start, end = end, end + len(chunk.tokens)
-            self._token[start:end] = chunk.tokens
-            self._position[start:end] = range(chunk.position, chunk.position + end - start)
-            self._slot[start:end] = chunk.slot_id
-            self._wants_logits[start:end] = 0
-            self._wants_logits[end - 1] = chunk.wants_sample
-            last.append(end - 1)
-        if end:
-            self._batch.n_tokens = end
-            code = lib.llama_decode(self.handle, self._batch)
+        self._batch.clear()
+        last = [
+            self._batch.add(chunk.tokens, chunk.position, chunk.slot_id, wants_output=chunk.wants_sample)
+            for chunk in batch.chunks
+        ]
+        if last:
+            code = lib.llama_decode(self.handle, self._batch.native())
             if code:
                 raise RunnerFailure(f"llama_decode returned {code}: {binding.take_errors()}")
         return last
 
+    def fork(self, fork: Fork) -> None:
+        """Copy all a slot holds to an empty one (copy_state_to of llama-server)."""
+        lib.llama_memory_seq_cp(self.memory, fork.source, fork.target, -1, -1)
+
+    def set_lora(self, adapters: Sequence[Any], scales: tuple[float, ...]) -> None:
+        """Apply adapters with these scales from the next step on; none beyond the end of `scales`."""
+        if scales == self._lora:
+            return
+        chosen = [(adapter, scale) for adapter, scale in zip(adapters, scales, strict=False) if scale != 0]
+        handles = (lib.llama_adapter_lora_p_ctypes * max(len(chosen), 1))(*(one[0] for one in chosen))
+        factors = (ctypes.c_float * max(len(chosen), 1))(*(one[1] for one in chosen))
+        if lib.llama_set_adapters_lora(self.handle, handles, len(chosen), factors):
+            raise RunnerFailure("the LoRA adapters could not be applied")
+        self._lora = scales
+
+    def read_slot(self, slot_id: int) -> bytes:
+        """The serialised cache of a slot, without the head that names slot and process."""
+        size = lib.llama_state_seq_get_size(self.handle, slot_id)
+        buffer = (ctypes.c_uint8 * size)()
+        n_bytes = lib.llama_state_seq_get_data(self.handle, buffer, size, slot_id)
+        return bytes(memoryview(buffer)[_STATE_HEAD_BYTES:n_bytes])
+
+    def write_slot(self, slot_id: int, state: bytes) -> bool:
+        """Fill an empty slot from `read_slot` output; False when it does not fit this model."""
+        lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
+        head = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self.handle, slot_id))()
+        lib.llama_state_seq_get_data(self.handle, head, len(head), slot_id)
+        data = bytes(head[:_STATE_HEAD_BYTES]) + state
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        n_read = lib.llama_state_seq_set_data(self.handle, buffer, len(data), slot_id)
+        if n_read != len(data):
+            lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
+            return False
+        return True
+
     def warm_up(self, model: LlamaModel) -> None:
         """Touch all weights once and empty the cache again (common_init_from_params)."""
-        token = max(0, int(lib.llama_vocab_bos(model.vocab)))
-        self._token[0], self._position[0], self._slot[0], self._wants_logits[0] = token, 0, 0, 1
-        self._batch.n_tokens = 1
+        self._batch.clear()
+        self._batch.add((max(0, int(lib.llama_vocab_bos(model.vocab))),), 0, 0, wants_output=True)
         lib.llama_set_warmup(self.handle, True)
-        lib.llama_decode(self.handle, self._batch)
+        lib.llama_decode(self.handle, self._batch.native())
         lib.llama_memory_clear(self.memory, True)
         lib.llama_synchronize(self.handle)
         lib.llama_set_warmup(self.handle, False)
@@ -130,7 +138,8 @@ class LlamaContext:
             self.handle = None
 
 
-def _params(model: LlamaModel, config: ContextConfig) -> Any:
+def context_params(model: LlamaModel, config: ContextConfig) -> Any:
+    """llama_context_params as the flags say."""
     n_ctx_train = int(lib.llama_model_n_ctx_train(model.handle))
     params = lib.llama_context_default_params()
     params.n_ctx = config.ctx_size or n_ctx_train

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from wingman.config import ModelConfig
+from wingman.config import KvOverride, ModelConfig
 from wingman.engine.llama import binding
 from wingman.engine.llama.binding import lib
+from wingman.engine.types import FimTokens, LoraInfo
 from wingman.errors import ModelLoadFailure
 
 _SPLIT_NAME: Final = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -24,6 +25,12 @@ _LOAD_MODES: Final = {  # (mmap, mlock)
     (True, False): lib.LLAMA_LOAD_MODE_MMAP,
     (False, True): lib.LLAMA_LOAD_MODE_MLOCK,
     (True, True): lib.LLAMA_LOAD_MODE_MMAP_MLOCK,
+}
+_OVERRIDE_TAGS: Final = {  # Python type -> (llama_model_kv_override_type, member of its union)
+    int: (0, "val_i64"),
+    float: (1, "val_f64"),
+    bool: (2, "val_bool"),
+    str: (3, "val_str"),
 }
 _ALL_LAYERS: Final = 0x7FFFFFFF
 
@@ -51,6 +58,9 @@ class LlamaModel:
         params.main_gpu = config.main_gpu
         params.split_mode = _SPLIT_MODES[config.split_mode]
         params.load_mode = _LOAD_MODES[config.mmap, config.mlock]
+        overrides = _overrides(config.override_kv)  # read during the load only
+        if config.override_kv:
+            params.kv_overrides = overrides
         binding.take_errors()
         handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
         if not handle:
@@ -59,6 +69,18 @@ class LlamaModel:
         self.handle: Any = handle
         self.vocab: Any = lib.llama_model_get_vocab(handle)
         self.tokenizer = LlamaTokenizer(self.vocab)
+        self.adapters: list[Any] = []
+        """Handles of the LoRA adapters; they live as long as the model."""
+        self.loras = tuple(self._load_adapter(*pair) for pair in _scaled(config))
+
+    def _load_adapter(self, path: Path, scale: float) -> LoraInfo:
+        handle = lib.llama_adapter_lora_init(self.handle, str(path.expanduser()).encode())
+        if not handle:
+            reason = binding.take_errors() or "the library gave no reason"
+            self.close()
+            raise ModelLoadFailure(f"can't load the LoRA adapter {path}: {reason}")
+        self.adapters.append(handle)
+        return LoraInfo(str(path), scale, _adapter_metadata(handle))
 
     def close(self) -> None:
         """Free the weights; the tokenizer must not be used any more."""
@@ -77,9 +99,9 @@ class LlamaModel:
         name = lib.llama_ftype_name(lib.llama_model_ftype(self.handle))
         return name.decode() if name else ""
 
-    def chat_template(self) -> str | None:
-        """The jinja2 template in the GGUF, or None."""
-        raw = lib.llama_model_chat_template(self.handle, None)
+    def chat_template(self, name: str | None = None) -> str | None:
+        """The jinja2 template in the GGUF, the default one or that of a name, or None."""
+        raw = lib.llama_model_chat_template(self.handle, name.encode() if name else None)
         return raw.decode("utf-8", "replace") if raw else None
 
     def metadata(self) -> dict[str, str]:
@@ -94,10 +116,51 @@ class LlamaModel:
         return pairs
 
     @property
+    def can_generate(self) -> bool:
+        """Whether it predicts the next token; encoders such as BERT don't. Raises ModelLoadFailure for an
+        encoder-decoder model, which needs more than one pass."""
+        has_encoder = bool(lib.llama_model_has_encoder(self.handle))
+        has_decoder = bool(lib.llama_model_has_decoder(self.handle))
+        if has_encoder and has_decoder:
+            raise ModelLoadFailure(f"{self.path.name} is an encoder-decoder model; those are not supported")
+        return has_decoder and not self._is_bidirectional()
+
+    def _is_bidirectional(self) -> bool:
+        metadata = self.metadata()
+        return metadata.get(metadata.get("general.architecture", "") + ".attention.causal") == "false"
+
+    @property
     def can_rollback(self) -> bool:
         """Whether its cache can drop the last tokens of a sequence."""
         is_recurrent = lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle)
         return not is_recurrent and not lib.llama_model_n_swa(self.handle)
+
+
+def _scaled(config: ModelConfig) -> list[tuple[Path, float]]:
+    pairs = [*config.lora, *config.lora_scaled]
+    return [(path, 0.0 if config.lora_init_without_apply else scale) for path, scale in pairs]
+
+
+def _overrides(pairs: tuple[KvOverride, ...]) -> Any:
+    """A native array of metadata overrides, ended by an empty key."""
+    array = (lib.llama_model_kv_override * (len(pairs) + 1))()
+    for native, pair in zip(array, pairs, strict=False):
+        tag, field = _OVERRIDE_TAGS[type(pair.value)]
+        native.tag = tag
+        native.key = pair.key.encode()
+        setattr(native.value, field, pair.value.encode() if isinstance(pair.value, str) else pair.value)
+    return array
+
+
+def _adapter_metadata(handle: Any) -> dict[str, str]:
+    pairs = {}
+    buffer = ctypes.create_string_buffer(512)
+    for index in range(lib.llama_adapter_meta_count(handle)):
+        lib.llama_adapter_meta_key_by_index(handle, index, buffer, len(buffer))
+        key = buffer.value.decode("utf-8", "replace")
+        lib.llama_adapter_meta_val_str_by_index(handle, index, buffer, len(buffer))
+        pairs[key] = buffer.value.decode("utf-8", "replace")
+    return pairs
 
 
 class LlamaTokenizer:
@@ -120,6 +183,21 @@ class LlamaTokenizer:
     def eog_tokens(self) -> tuple[int, ...]:
         """Every token that ends a generation."""
         return tuple(sorted(self._eog))
+
+    def fim_tokens(self) -> FimTokens | None:
+        """The fill-in-the-middle tokens, or None when one of the three needed is missing."""
+        find = (lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)
+        needed = [int(function(self._vocab)) for function in find]
+        if min(needed) < 0:
+            return None
+        prefix, suffix, middle = needed
+        return FimTokens(
+            prefix,
+            suffix,
+            middle,
+            int(lib.llama_vocab_fim_rep(self._vocab)),
+            int(lib.llama_vocab_fim_sep(self._vocab)),
+        )
 
     def is_eog(self, token: int) -> bool:  # noqa: D102
         return token in self._eog

@@ -2,47 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.llama import binding
 from wingman.engine.llama.binding import lib
-from wingman.engine.llama.context import LlamaContext
+from wingman.engine.llama.context import LlamaContext, context_params
+from wingman.engine.llama.embedder import Embedder, describe_embedding
 from wingman.engine.llama.model import LlamaModel
-from wingman.engine.llama.sampler import Sampler
-from wingman.engine.runner import Batch, Samples, Tokenizer
+from wingman.engine.llama.parts import LlamaParts
+from wingman.engine.llama.sampler import Candidates, Draw, Sampler
+from wingman.engine.runner import Batch, RunnerFailure, SamplerStart, Samples, Tokenizer
 from wingman.engine.types import ModelInfo
 
 
 class LlamaRunner:
-    """A loaded model, its context and a sampler per slot."""
+    """A loaded model, its contexts and a sampler per slot. A model that only embeds has no context for
+    generation."""
 
     def __init__(self, model: ModelConfig, context: ContextConfig) -> None:
         """Load the model. Raises ModelLoadFailure."""
         self._context_config = context
         self._model = LlamaModel(model)
+        self._context: LlamaContext | None = None
+        self._embedder: Embedder | None = None
         try:
-            self._context = LlamaContext(self._model, context)
+            if self._model.can_generate:
+                self._context = LlamaContext(self._model, context)
+                self._context.warm_up(self._model)
         except BaseException:
             self._model.close()
             raise
         self._samplers: dict[int, Sampler] = {}
-        self._context.warm_up(self._model)
         self.tokenizer: Tokenizer = self._model.tokenizer
         self.info = self._describe()
+        self._candidates = Candidates(self.info.n_vocab)
+        self.parts = LlamaParts(self._model.vocab, self.info.n_ctx_slot)
+        if context.embeddings or not self.info.can_generate:
+            self._open_embedder()
 
     @property
     def n_batch(self) -> int:
         """Most tokens in a batch."""
-        return self._context.n_batch
+        return self._context.n_batch if self._context else 1
 
     @property
     def n_ubatch(self) -> int:
         """Most tokens computed at once."""
-        return self._context.n_ubatch
+        return self._context.n_ubatch if self._context else 1
 
     @property
     def n_ctx(self) -> int:
         """Tokens the whole cache holds."""
-        return self._context.n_ctx
+        return self._context.n_ctx if self._context else 0
 
     @property
     def can_rollback(self) -> bool:
@@ -51,33 +63,75 @@ class LlamaRunner:
 
     def run(self, batch: Batch) -> Samples:
         """Compute a batch and sample. Raises RunnerFailure."""
-        context = self._context
+        context = self._generating()
         for op in batch.kv:
             context.edit_cache(op)
         for start in batch.samplers:
-            previous = self._samplers.pop(start.slot_id, None)
-            if previous is not None:
-                previous.close()
-            self._samplers[start.slot_id] = Sampler(
-                start.params, start.history, self._model.vocab, self.info.n_vocab, context.n_ctx_slot
-            )
+            self._start_sampler(start)
+        context.set_lora(self._model.adapters, batch.lora)
         last = context.decode(batch)
-        return {
-            chunk.slot_id: self._samplers[chunk.slot_id].sample(context.handle, index)
+        wanted = {
+            chunk.slot_id: index
             for chunk, index in zip(batch.chunks, last, strict=True)
             if chunk.wants_sample
         }
+        for fork in batch.forks:
+            context.fork(fork)
+            if fork.source in wanted:
+                wanted[fork.target] = wanted[fork.source]
+        return _samples(
+            {slot: self._samplers[slot].draw(context.handle, index) for slot, index in wanted.items()}
+        )
+
+    def _generating(self) -> LlamaContext:
+        if self._context is None:
+            raise RunnerFailure("this model does not generate text")
+        return self._context
+
+    def _start_sampler(self, start: SamplerStart) -> None:
+        previous = self._samplers.pop(start.slot_id, None)
+        if previous is not None:
+            previous.close()
+        self._samplers[start.slot_id] = Sampler(
+            start,
+            self.parts,
+            self._candidates,
+            self._model.vocab,
+            self.tokenizer,
+            self.info.n_ctx_slot,
+        )
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
+        """Vectors of inputs that fit one batch, as float32 bytes. Raises RunnerFailure."""
+        return self._open_embedder().embed(inputs)
+
+    def _open_embedder(self) -> Embedder:
+        if self._embedder is None:
+            params = context_params(self._model, self._context_config)
+            self._embedder = Embedder(self._model, params, self.info.embedding)
+        return self._embedder
+
+    def save_slot(self, slot_id: int) -> bytes:
+        """The serialised cache of a slot."""
+        return self._generating().read_slot(slot_id)
+
+    def restore_slot(self, slot_id: int, state: bytes) -> bool:
+        """Fill a slot from `save_slot` output; False, and the slot empty, when it does not fit."""
+        return self._generating().write_slot(slot_id, state)
 
     def reset(self) -> None:
         """Make a fresh context; the weights stay."""
         self._close_samplers()
-        self._context.close()
+        self._generating().close()
         self._context = LlamaContext(self._model, self._context_config)
 
     def close(self) -> None:
-        """Free samplers, context and weights, in this order."""
+        """Free samplers, contexts and weights, in this order."""
         self._close_samplers()
-        self._context.close()
+        self.parts.close()
+        for context in (self._context, self._embedder):
+            if context is not None:
+                context.close()
         self._model.close()
 
     def _close_samplers(self) -> None:
@@ -86,27 +140,47 @@ class LlamaRunner:
         self._samplers.clear()
 
     def _describe(self) -> ModelInfo:
-        model, tokenizer = self._model, self._model.tokenizer
+        model, tokenizer, vocab = self._model, self._model.tokenizer, self._model.vocab
+        embedding = describe_embedding(model, self._context_config)
+        context = self._context
         return ModelInfo(
             path=str(model.path),
             description=model.describe(),
             n_vocab=tokenizer.n_tokens,
             n_ctx_train=int(lib.llama_model_n_ctx_train(model.handle)),
-            n_ctx_slot=self._context.n_ctx_slot,
+            n_ctx_slot=context.n_ctx_slot if context else embedding.n_max,
             n_embd=int(lib.llama_model_n_embd(model.handle)),
             n_params=int(lib.llama_model_n_params(model.handle)),
             size_bytes=int(lib.llama_model_size(model.handle)),
             ftype=model.ftype(),
-            vocab_type=int(lib.llama_vocab_type(model.vocab)),
+            vocab_type=int(lib.llama_vocab_type(vocab)),
             n_slots=self._context_config.parallel,
-            bos_token=tokenizer.special_text(int(lib.llama_vocab_bos(model.vocab))),
-            eos_token=tokenizer.special_text(int(lib.llama_vocab_eos(model.vocab))),
-            adds_bos=bool(lib.llama_vocab_get_add_bos(model.vocab)),
+            bos_token=tokenizer.special_text(int(lib.llama_vocab_bos(vocab))),
+            eos_token=tokenizer.special_text(int(lib.llama_vocab_eos(vocab))),
+            adds_bos=bool(lib.llama_vocab_get_add_bos(vocab)),
+            adds_eos=bool(lib.llama_vocab_get_add_eos(vocab)),
+            adds_sep=bool(lib.llama_vocab_get_add_sep(vocab)),
+            bos_id=int(lib.llama_vocab_bos(vocab)),
+            eos_id=int(lib.llama_vocab_eos(vocab)),
+            sep_token=int(lib.llama_vocab_sep(vocab)),
             chat_template=model.chat_template(),
+            rerank_template=model.chat_template("rerank"),
             build=binding.build_info(),
             system_info=lib.llama_print_system_info().decode("utf-8", "replace"),
             max_piece_bytes=tokenizer.max_piece_bytes,
-            can_shift=bool(lib.llama_memory_can_shift(self._context.memory)),
+            can_shift=bool(lib.llama_memory_can_shift(context.memory)) if context else False,
+            can_generate=context is not None,
+            embedding=embedding,
+            fim=tokenizer.fim_tokens(),
+            loras=model.loras,
             eog_tokens=tokenizer.eog_tokens,
             metadata=model.metadata(),
         )
+
+
+def _samples(draws: dict[int, Draw]) -> Samples:
+    return Samples(
+        tokens={slot: draw.token for slot, draw in draws.items()},
+        probs={slot: draw.prob for slot, draw in draws.items() if draw.prob is not None},
+        stuck=frozenset(slot for slot, draw in draws.items() if draw.token < 0),
+    )

@@ -1,20 +1,30 @@
-"""One sampler chain per slot, built as llama-server builds it (common_sampler_init).
+"""One sampler per slot: the chain llama-server builds (common_sampler_init), a grammar, probabilities.
 
 Engine thread only. With the same parameters and seed the chain draws the same tokens as
 llama-server's. A chain that would always pick the likeliest token is replaced by an argmax over
 the logits, which gives the same token and is twenty times cheaper at a large vocabulary.
+
+A grammar is asked last: the chain draws, and only when the grammar forbids the token the draw is
+repeated with the grammar in front (common_sampler_sample). A token the grammar has not been
+asked about must never be accepted by it: that aborts the process.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from wingman.config import SamplingParams
 from wingman.engine.llama.binding import lib
+from wingman.engine.llama.parts import LlamaParts, uses_dry
+from wingman.engine.llama.trigger import Trigger
+from wingman.engine.runner import SamplerStart, Tokenizer
+from wingman.engine.types import TokenProb
 
 MIROSTAT_M = 100
 """Tokens Mirostat 1 estimates from, as in llama-server."""
@@ -41,43 +51,180 @@ def _penalises(params: SamplingParams) -> bool:
     is_penalised = (
         params.repeat_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
     ) and params.repeat_last_n != 0
-    return (is_penalised and "penalties" in params.samplers) or (
-        params.dry_multiplier != 0 and params.dry_penalty_last_n != 0 and "dry" in params.samplers
-    )
+    return (is_penalised and "penalties" in params.samplers) or uses_dry(params)
+
+
+_CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""llama_token_data."""
+_LOWEST: Final = float(np.finfo(np.float32).min)
+"""The logarithm reported for probability 0, as llama-server does."""
+
+
+class Candidates:
+    """A llama_token_data_array over the whole vocabulary, allocated once and filled for each draw."""
+
+    def __init__(self, n_vocab: int) -> None:
+        self._ids = np.arange(n_vocab, dtype=np.int32)
+        self.data = np.zeros(n_vocab, _CANDIDATE)
+        pointer = ctypes.cast(self.data.ctypes.data, lib.llama_token_data_p)
+        self.array: Any = lib.llama_token_data_array(data=pointer, size=n_vocab, selected=-1, sorted=False)
+
+    def fill(self, logits: npt.NDArray[np.float32]) -> None:
+        """Start over from logits, shape (n_vocab,)."""
+        self.data["id"] = self._ids
+        self.data["logit"] = logits
+        self.data["p"] = 0
+        self.array.size, self.array.selected, self.array.sorted = len(self._ids), -1, False
+
+    def apply(self, sampler: Any) -> None:
+        """Let a sampler narrow or choose."""
+        lib.llama_sampler_apply(sampler, ctypes.byref(self.array))
+
+    @property
+    def left(self) -> npt.NDArray[Any]:
+        """The candidates that samplers have left."""
+        return self.data[: self.array.size]
+
+    def chosen(self) -> int:
+        """The token a chain has selected."""
+        return int(self.data["id"][self.array.selected])
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A sampled token and its probabilities if wanted; token -1: the grammar allows none."""
+
+    token: int
+    prob: TokenProb | None = None
 
 
 class Sampler:
-    """Draws tokens for one sequence; `n_ctx` bounds how far penalties look back, in tokens."""
+    """Draws tokens for one sequence; `n_ctx` bounds how far penalties look back, in tokens.
+
+    `candidates` is shared by all samplers of an engine.
+    """
 
     def __init__(
-        self, params: SamplingParams, history: Sequence[int], vocab: Any, n_vocab: int, n_ctx: int
+        self,
+        start: SamplerStart,
+        parts: LlamaParts,
+        candidates: Candidates,
+        vocab: Any,
+        tokenizer: Tokenizer,
+        n_ctx: int,
     ) -> None:
-        self._n_vocab = n_vocab
+        self._n_probs = start.n_probs
+        self._is_post = start.post_sampling_probs
+        self._candidates = candidates
+        self._n_vocab = len(candidates.data)
+        self._grammar: Any = None if start.constraint is None else parts.grammar(start.constraint)
+        self._trigger: Trigger | None = None
+        if start.constraint is not None and start.constraint.is_lazy:
+            self._trigger = Trigger(start.constraint, tokenizer)
         self._chain: Any = None
+        params = start.params
         suppressed = _suppressed(vocab)
         if is_greedy(params, has_suppressed=bool(suppressed)):
             return
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        for link in _links(params, suppressed, vocab, n_vocab, n_ctx):
+        for link in _links(params, suppressed, parts, vocab, self._n_vocab, n_ctx):
             lib.llama_sampler_chain_add(self._chain, link)
         if _penalises(params) and params.mirostat == 0:
-            for token in history[-n_ctx:]:
+            for token in start.history[-n_ctx:]:
                 lib.llama_sampler_accept(self._chain, token)
 
-    def sample(self, context: Any, index: int) -> int:
-        """The next token from the logits of batch position `index`; the chain remembers it."""
+    def draw(self, context: Any, index: int) -> Draw:
+        """The next token from the logits of batch position `index`; the sampler remembers it."""
+        if self._chain is not None and self._grammar is None and not (self._n_probs and self._is_post):
+            token = int(lib.llama_sampler_sample(self._chain, context, index))
+            return Draw(token, self._prob_before(token, self._logits(context, index)))
+        logits = self._logits(context, index)
+        token = self._choose(logits)
+        is_bound = self._grammar is not None and self._trigger is None
+        if is_bound and not self._is_allowed(token):
+            token = self._choose(logits, self._grammar)
+            if not self._is_allowed(token):
+                return Draw(-1)
+        prob = self._prob_after(token) if self._is_post else self._prob_before(token, logits)
         if self._chain is not None:
-            return int(lib.llama_sampler_sample(self._chain, context, index))
+            lib.llama_sampler_accept(self._chain, token)
+        if is_bound:
+            lib.llama_sampler_accept(self._grammar, token)
+        elif self._trigger is not None:
+            self._await_trigger(token)
+        return Draw(token, prob)
+
+    def _await_trigger(self, token: int) -> None:
+        """Once a trigger is complete, bind the output to the grammar; to none if it has strayed already."""
+        assert self._trigger is not None
+        seen = self._trigger.push(token)
+        if seen is None:
+            return
+        self._trigger = None
+        for one in seen:
+            if not self._is_allowed(one):
+                seen = []
+                break
+            lib.llama_sampler_accept(self._grammar, one)
+        if not seen:
+            lib.llama_sampler_free(self._grammar)
+            self._grammar = None
+
+    def _logits(self, context: Any, index: int) -> npt.NDArray[np.float32]:
         logits = lib.llama_get_logits_ith(context, index)
         address = ctypes.addressof(logits.contents)
         row: Any = (ctypes.c_float * self._n_vocab).from_address(address)
-        return int(np.frombuffer(row, dtype=np.float32).argmax())
+        return np.frombuffer(row, dtype=np.float32)
+
+    def _choose(self, logits: npt.NDArray[np.float32], grammar: Any = None) -> int:
+        """Run the chain, after the grammar if one is given."""
+        if self._chain is None and grammar is None:
+            return int(logits.argmax())
+        self._candidates.fill(logits)
+        if grammar is not None:
+            self._candidates.apply(grammar)
+        if self._chain is None:
+            return int(self._candidates.data["logit"].argmax())
+        self._candidates.apply(self._chain)
+        return self._candidates.chosen()
+
+    def _is_allowed(self, token: int) -> bool:
+        one = lib.llama_token_data(id=token, logit=1.0, p=0.0)
+        array = lib.llama_token_data_array(data=ctypes.pointer(one), size=1, selected=-1, sorted=False)
+        lib.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        return bool(one.logit != -math.inf)
+
+    def _prob_before(self, token: int, logits: npt.NDArray[np.float32]) -> TokenProb | None:
+        """Logarithms of the softmax over all raw logits (get_token_probabilities of llama-server)."""
+        if not self._n_probs:
+            return None
+        n_top = min(self._n_probs, self._n_vocab)
+        shifted = logits - logits.max()
+        total = math.log(float(np.exp(shifted).sum()))
+        top = np.argpartition(-logits, n_top - 1)[:n_top]
+        top = top[np.argsort(-logits[top], kind="stable")]
+        values = np.maximum(shifted[top] - total, _LOWEST)
+        own = max(float(shifted[token]) - total, _LOWEST)
+        return TokenProb(token, own, tuple(zip(top.tolist(), values.tolist(), strict=True)))
+
+    def _prob_after(self, token: int) -> TokenProb | None:
+        """What the samplers left, zeros dropped."""
+        if not self._n_probs:
+            return None
+        if self._chain is None:
+            return TokenProb(token, 1.0, ((token, 1.0),))
+        left = self._candidates.left
+        own = float(left["p"][self._candidates.array.selected])
+        order = np.argsort(-left["p"], kind="stable")[: self._n_probs]
+        top = tuple((int(left["id"][i]), float(left["p"][i])) for i in order if left["p"][i] > 0)
+        return TokenProb(token, own, top)
 
     def close(self) -> None:
-        """Free the chain and its links."""
-        if self._chain is not None:
-            lib.llama_sampler_free(self._chain)
-            self._chain = None
+        """Free the chain with its links, and the grammar."""
+        for sampler in (self._chain, self._grammar):
+            if sampler is not None:
+                lib.llama_sampler_free(sampler)
+        self._chain = self._grammar = None
 
 
 def _suppressed(vocab: Any) -> list[int]:
@@ -86,7 +233,9 @@ def _suppressed(vocab: Any) -> list[int]:
     return [tokens[index] for index in range(count.value)]
 
 
-def _links(params: SamplingParams, suppressed: list[int], vocab: Any, n_vocab: int, n_ctx: int) -> list[Any]:
+def _links(
+    params: SamplingParams, suppressed: list[int], parts: LlamaParts, vocab: Any, n_vocab: int, n_ctx: int
+) -> list[Any]:
     links = []
     biases = [*params.logit_bias, *((token, float("-inf")) for token in suppressed)]
     if biases:
@@ -97,7 +246,10 @@ def _links(params: SamplingParams, suppressed: list[int], vocab: Any, n_vocab: i
         links.append(_mirostat(params, n_vocab))
         return links
     for name in params.samplers:
-        if name != "adaptive_p":
+        if name == "dry":
+            if uses_dry(params):
+                links.append(parts.dry(params))
+        elif name != "adaptive_p":
             links.append(_link(name, params, vocab, n_vocab, n_ctx))
     if "adaptive_p" in params.samplers:
         links.append(
@@ -123,8 +275,6 @@ def _link(name: str, params: SamplingParams, vocab: Any, n_vocab: int, n_ctx: in
             return lib.llama_sampler_init_penalties(
                 n_vocab, last_n, params.repeat_penalty, params.frequency_penalty, params.presence_penalty
             )
-        case "dry":
-            return _dry(params, vocab, n_ctx)
         case "top_n_sigma":
             return lib.llama_sampler_init_top_n_sigma(params.top_n_sigma)
         case "top_k":
@@ -146,12 +296,3 @@ def _link(name: str, params: SamplingParams, vocab: Any, n_vocab: int, n_ctx: in
         case "infill":
             return lib.llama_sampler_init_infill(vocab)
     raise ValueError(f"no sampler is called {name}")
-
-
-def _dry(params: SamplingParams, vocab: Any, n_ctx: int) -> Any:
-    last_n = n_ctx if params.dry_penalty_last_n < 0 else min(params.dry_penalty_last_n, n_ctx)
-    words = [word.encode() for word in params.dry_sequence_breakers]
-    breakers = (ctypes.c_char_p * max(len(words), 1))(*words)
-    return lib.llama_sampler_init_dry(
-        vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, last_n, breakers, len(words)
-    )

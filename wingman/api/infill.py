@@ -1,0 +1,151 @@
+"""Fill in the middle: POST /infill, and /v1/completions with `suffix`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from wingman.api.native import Completion, answer_natively, build_completion
+from wingman.api.prompts import refuse_endless
+from wingman.api.schema import GenerationFields, InfillRequest, parse_body
+from wingman.engine.runner import Tokenizer
+from wingman.engine.types import FimTokens, ModelInfo
+from wingman.errors import InvalidRequest, NotSupported
+from wingman.http.messages import Answer, Request
+from wingman.services.residency import ServedModel
+
+_REPO_NAME: Final = "myproject\n"
+_FILE_NAME: Final = "filename\n"
+_DEFAULT_NAME: Final = "tmp"
+_SNIPPET: Final = "\n\n--- snippet ---\n\n"
+"""Names and the separator that llama-server uses, so that both give a model the same prompt."""
+MAX_EXTRA: Final = 1024
+"""Chunks of input_extra."""
+
+
+async def infill(served: ServedModel, request: Request) -> Answer:
+    """POST /infill: what goes between two texts, as native objects."""
+    fim_of(served.info)
+    fields = await parse_body(request.body, InfillRequest)
+    return await answer_natively(await served.engine.work(len(request.body), _prepare, served, fields))
+
+
+def fim_of(info: ModelInfo) -> FimTokens:
+    """The model's fill-in-the-middle tokens; raises NotSupported when it has none."""
+    if info.fim is None:
+        raise NotSupported("Infill is not supported by this model: it has no fill-in-the-middle tokens")
+    return info.fim
+
+
+def _prepare(served: ServedModel, fields: InfillRequest) -> Completion:
+    prompt = fields.prompt
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str | None):
+        raise InvalidRequest("Field 'prompt': must be a string", "prompt")
+    extra = read_extra(fields.input_extra or [])
+    prefix = _read_side(fields.input_prefix, "input_prefix", served)
+    suffix = _read_side(fields.input_suffix, "input_suffix", served)
+    return complete_between(served, fields, prefix, suffix, extra, prompt or "")
+
+
+def complete_between(
+    served: ServedModel,
+    fields: GenerationFields,
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    extra: Sequence[tuple[str, str]] = (),
+    prompt: str = "",
+) -> Completion:
+    """A completion between two token sequences; in the engine's executor."""
+    info, tokenizer = served.info, served.engine.tokenizer
+    refuse_endless(prompt, info)
+    start = tokenizer.tokenize(prompt, add_special=False, parse_special=True)
+    n_batch = served.config.context.batch_size
+    room = max(0, info.n_ctx_slot - n_batch - 2 * served.config.context.n_predict)
+    tokens = infill_tokens(
+        prefix,
+        suffix,
+        start,
+        _extra_tokens(extra, fim_of(info), tokenizer, room),
+        fim_of(info),
+        n_batch=n_batch,
+        spm=served.config.context.spm_infill,
+    )
+    return build_completion(served, fields, [[info.bos_id, *tokens] if info.adds_bos else tokens])
+
+
+def infill_tokens(
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    prompt: Sequence[int],
+    extra: Sequence[int],
+    fim: FimTokens,
+    *,
+    n_batch: int,
+    spm: bool,
+) -> list[int]:
+    """The prompt without BOS (format_prompt_infill of llama-server): the end of the prefix and the start of
+    the suffix share a batch three to one, `extra` goes in front; `spm` puts the suffix first."""
+    n_suffix = max(0, n_batch // 4 - (2 + len(prompt)))
+    before = [fim.prefix, *prefix[max(0, len(prefix) - 3 * (n_batch // 4)) :], *prompt]
+    after = [fim.suffix, *suffix[:n_suffix]]
+    parts = (after, before) if spm else (before, after)
+    return [*extra, *parts[0], *parts[1], fim.middle]
+
+
+def _extra_tokens(
+    chunks: Sequence[tuple[str, str]], fim: FimTokens, tokenizer: Tokenizer, room: int
+) -> list[int]:
+    """Other files in the repository layout when the model knows it, else as snippets; the last `room`."""
+
+    def plain(text: str) -> list[int]:
+        return tokenizer.tokenize(text, add_special=False, parse_special=False)
+
+    tokens: list[int] = [fim.repo, *plain(_REPO_NAME)] if fim.repo >= 0 else []
+    for name, text in chunks:
+        tokens += [fim.sep, *plain(name + "\n")] if fim.sep >= 0 else plain(_SNIPPET)
+        tokens += plain(text)
+    if fim.sep >= 0:
+        tokens += [fim.sep, *plain(_FILE_NAME)]
+    return tokens[max(0, len(tokens) - room) :] if room else []
+
+
+def read_extra(raw: list[Any]) -> list[tuple[str, str]]:
+    """`input_extra` as (file name, text); raises InvalidRequest naming the item at fault."""
+    if len(raw) > MAX_EXTRA:
+        raise InvalidRequest(f"Field 'input_extra': at most {MAX_EXTRA} are taken", "input_extra")
+    chunks = []
+    for index, item in enumerate(raw):
+        where = f"input_extra[{index}]"
+        text = item.get("text") if isinstance(item, dict) else None
+        if not isinstance(text, str):
+            raise InvalidRequest(f"Field '{where}.text': must be a string", f"{where}.text")
+        name = item.get("filename", _DEFAULT_NAME)
+        if not isinstance(name, str):
+            raise InvalidRequest(f"Field '{where}.filename': must be a string", f"{where}.filename")
+        chunks.append((name, text))
+    return chunks
+
+
+def _read_side(raw: Any, field: str, served: ServedModel) -> list[int]:
+    """`input_prefix` or `input_suffix`: a string, or a list of strings and token ids."""
+    if raw is None:
+        raise InvalidRequest(f"Field '{field}': is required", field)
+    items = raw if isinstance(raw, list) else [raw]
+    tokens: list[int] = []
+    for item in items:
+        if isinstance(item, str):
+            tokens += side_tokens(item, field, served)
+        elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < served.info.n_vocab:
+            tokens.append(item)
+        else:
+            raise InvalidRequest(f"Field '{field}': must be a string, or strings and token ids", field)
+    return tokens
+
+
+def side_tokens(text: str, field: str, served: ServedModel) -> list[int]:
+    """Tokens of one side; only the part that can be used is read, so its length does not matter."""
+    n_chars = served.config.context.batch_size * served.info.max_piece_bytes
+    used = text[:n_chars] if field.endswith("suffix") else text[-n_chars:]
+    return served.engine.tokenizer.tokenize(used, add_special=False, parse_special=False)

@@ -1,0 +1,115 @@
+"""Completions of prompts, and llama-server's native answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from wingman.api import shapes
+from wingman.api.constraints import read_constraint
+from wingman.api.generation import JobMaker
+from wingman.api.probabilities import native_items, shown_probs, text_logprobs
+from wingman.api.schema import GenerationFields
+from wingman.api.settings import settings_of
+from wingman.api.streams import encode, event_stream
+from wingman.engine.stream import JobStream
+from wingman.engine.types import Finished, Job, Progress, TextDelta, TokenProb
+from wingman.http.messages import Answer, Response
+from wingman.services.residency import ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A prepared request: its jobs in the order of their answers, and the text of each one's prompt."""
+
+    jobs: tuple[Job, ...]
+    prompts: tuple[str, ...]
+    fields: GenerationFields
+    served: ServedModel
+    ping_s: int
+
+    @property
+    def indexes(self) -> dict[int, int]:
+        """Job id -> index of its answer."""
+        return {job.id: index for index, job in enumerate(self.jobs)}
+
+    def final(self, finished: Finished, index: int) -> dict[str, Any]:
+        """The native final object of an answer."""
+        job, served = self.jobs[index], self.served
+        body = shapes.native_final(
+            finished,
+            index,
+            job,
+            served.name,
+            self.prompts[index],
+            settings_of(job, served.config, served.name),
+            return_tokens=bool(self.fields.return_tokens),
+        )
+        if job.n_probs and not job.stream:
+            probs = shown_probs(finished, job, served.engine.tokenizer)
+            if probs:
+                body["completion_probabilities"] = self.native_probs(probs)
+        return shapes.select_fields(body, self.fields.response_fields)
+
+    def native_probs(self, probs: Sequence[TokenProb]) -> list[dict[str, Any]]:
+        """`completion_probabilities`."""
+        is_post = self.jobs[0].post_sampling_probs
+        return native_items(probs, self.served.engine.tokenizer, is_post=is_post)
+
+    def logprobs(self, probs: Sequence[TokenProb], offset: int) -> dict[str, Any] | None:
+        """`logprobs` of a text choice."""
+        if not self.jobs[0].n_probs:
+            return None
+        is_post = self.jobs[0].post_sampling_probs
+        return text_logprobs(probs, self.served.engine.tokenizer, offset, is_post=is_post)
+
+
+async def answer_natively(prepared: Completion) -> Answer:
+    """Submit, and answer with native objects: one, or an array for several answers."""
+    stream = prepared.served.engine.submit(*prepared.jobs)
+    if prepared.jobs[0].stream:
+        return event_stream(_native_events(prepared, stream), stream, prepared.ping_s)
+    async with stream:
+        results = await stream.results()
+    bodies = [prepared.final(finished, index) for index, finished in enumerate(results)]
+    return Response(200, orjson.dumps(bodies[0] if len(bodies) == 1 else bodies))
+
+
+def build_completion(
+    served: ServedModel, fields: GenerationFields, prompts: Sequence[Sequence[int]]
+) -> Completion:
+    """Jobs for tokenised prompts; in the engine's executor."""
+    maker = JobMaker.of(served)
+    constraint = read_constraint(fields)
+    groups = [maker.build_jobs(prompt, fields, constraint) for prompt in prompts]
+    texts = [_shown_prompt(served, group[0].prompt) for group in groups for _ in group]
+    jobs = tuple(job for group in groups for job in group)
+    return Completion(jobs, tuple(texts), fields, served, maker.ping_interval(fields))
+
+
+def _shown_prompt(served: ServedModel, prompt: Sequence[int]) -> str:
+    """The text of a prompt; one that will be refused for its length need not be read."""
+    if len(prompt) >= served.info.n_ctx_slot:
+        return ""
+    return served.engine.tokenizer.detokenize(prompt, special=True)
+
+
+async def _native_events(prepared: Completion, stream: JobStream) -> AsyncGenerator[bytes, None]:
+    indexes = prepared.indexes
+    async for event in stream:
+        index = indexes[event.job_id]
+        slot_id = stream.slot_ids.get(event.job_id, -1)
+        n_prompt = len(prepared.jobs[index].prompt)
+        if isinstance(event, TextDelta):
+            body = shapes.native_partial(event, index, slot_id, n_prompt)
+            if event.probs:
+                body["completion_probabilities"] = prepared.native_probs(event.probs)
+            yield encode(body)
+        elif isinstance(event, Progress):
+            empty = TextDelta(event.job_id, "", (), 0)
+            yield encode(shapes.native_partial(empty, index, slot_id, n_prompt, event))
+        elif isinstance(event, Finished):
+            yield encode(prepared.final(event, index))

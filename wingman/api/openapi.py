@@ -1,0 +1,125 @@
+"""The OpenAPI 3.1 document, made from the table of routes and the types of bodies and answers. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from wingman import __version__
+from wingman.api.replies import Error
+
+_REF: Final = "#/components/schemas/{name}"
+_ERRORS: Final = {
+    400: "The request can't be served as it is; the error names the field.",
+    401: "No API key, or a wrong one.",
+    404: "There is no such thing.",
+    413: "The body is larger than --max-body-size.",
+    429: "A queue is full; Retry-After says when to try again.",
+    500: "The model runtime failed on this request.",
+    501: "This model or configuration does not do it.",
+    503: "The model loads or the server shuts down.",
+}
+_QUERY_PARAMETERS: Final = {
+    "fail_on_no_slot": "Anything: answer 503 when no slot is idle.",
+    "include_slots": "Anything: add the slots.",
+    "action": "save, restore or erase.",
+}
+_REQUIRED_PARAMETERS: Final = frozenset({"action"})
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a route takes and answers. `replies` are the forms of its JSON, none when it is text; `streams`
+    stands for Server-Sent Events beside them; `needs_key` is false for what anybody may ask."""
+
+    method: str
+    path: str
+    summary: str
+    replies: tuple[Any, ...]
+    body: Any = None
+    streams: bool = False
+    query: tuple[str, ...] = ()
+    needs_key: bool = True
+
+
+def openapi_document(routes: Iterable[Description]) -> dict[str, Any]:
+    """The document that describes these routes."""
+    listed = tuple(routes)
+    kinds = [kind for route in listed for kind in (route.body, *route.replies) if kind is not None]
+    schemas, components = msgspec.json.schema_components((*kinds, Error), ref_template=_REF)
+    found = iter(schemas)
+    paths: dict[str, dict[str, Any]] = {}
+    for route in listed:
+        body = next(found) if route.body is not None else None
+        replies = [next(found) for _ in route.replies]
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, body, replies)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Wingman",
+            "version": __version__,
+            "description": "Runs large language models on your own machine.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            },
+        },
+        "security": [{}, {"bearer": []}, {"header": []}],
+    }
+
+
+def _operation(route: Description, body: Any, replies: list[Any]) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "operationId": _operation_id(route),
+        "summary": route.summary,
+        "responses": _responses(route, replies),
+    }
+    parameters = [_path_parameter(segment[1:-1]) for segment in route.path.split("/") if segment[:1] == "{"]
+    parameters += [_query_parameter(name) for name in route.query]
+    if parameters:
+        operation["parameters"] = parameters
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if not route.needs_key:
+        operation["security"] = []
+    return operation
+
+
+def _operation_id(route: Description) -> str:
+    words = route.path.replace("{", "").replace("}", "").replace("-", "_").strip("/").split("/")
+    return "_".join((route.method.lower(), *words))
+
+
+def _responses(route: Description, replies: list[Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if replies:
+        schema = replies[0] if len(replies) == 1 else {"anyOf": replies}
+        content = {"application/json": {"schema": schema}}
+    if route.streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    responses = {"200": {"description": "Success.", "content": content}}
+    error = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
+    for status, description in _ERRORS.items():
+        responses[str(status)] = {"description": description, "content": error}
+    return responses
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _query_parameter(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "query",
+        "required": name in _REQUIRED_PARAMETERS,
+        "description": _QUERY_PARAMETERS[name],
+        "schema": {"type": "string"},
+    }

@@ -1,0 +1,92 @@
+"""Inputs waiting to be embedded, from all requests, and how they are put into batches.
+
+Pure; engine thread. A batch takes whole inputs, oldest first, from as many requests as fit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wingman.engine.types import Embedded, EmbedJob, Failed, FailureKind
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedItem:
+    """Input `index` of a job, as token ids."""
+
+    job_id: int
+    index: int
+    tokens: tuple[int, ...]
+
+
+class EmbeddingQueue:
+    """Batches hold at most `n_max` tokens and `n_inputs` inputs; no input is longer than `n_max`."""
+
+    def __init__(self, n_max: int, n_inputs: int) -> None:
+        self._n_max = n_max
+        self._n_inputs = n_inputs
+        self._waiting: deque[EmbedItem] = deque()
+        self._vectors: dict[int, dict[int, bytes]] = {}
+        self._n_inputs_of: dict[int, int] = {}
+        self._events: list[Embedded | Failed] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self._vectors
+
+    def add(self, job: EmbedJob) -> None:
+        """Queue all inputs of a job, of which there is at least one."""
+        self._vectors[job.id] = {}
+        self._n_inputs_of[job.id] = len(job.inputs)
+        self._waiting.extend(EmbedItem(job.id, index, tokens) for index, tokens in enumerate(job.inputs))
+
+    def cancel(self, job_id: int) -> None:
+        """Forget a job. Unknown ids are ignored."""
+        if self._vectors.pop(job_id, None) is not None:
+            del self._n_inputs_of[job_id]
+            self._waiting = deque(item for item in self._waiting if item.job_id != job_id)
+
+    def plan(self) -> list[EmbedItem]:
+        """The next batch; empty when nothing waits."""
+        batch: list[EmbedItem] = []
+        n_tokens = 0
+        while self._waiting and len(batch) < self._n_inputs:
+            n_tokens += len(self._waiting[0].tokens)
+            if batch and n_tokens > self._n_max:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    def apply(self, batch: Sequence[EmbedItem], vectors: Sequence[bytes]) -> None:
+        """Keep the vectors of a batch; jobs that are complete with it end."""
+        for item, vector in zip(batch, vectors, strict=True):
+            found = self._vectors.get(item.job_id)
+            if found is not None:
+                found[item.index] = vector
+                if len(found) == self._n_inputs_of[item.job_id]:
+                    del self._vectors[item.job_id], self._n_inputs_of[item.job_id]
+                    self._events.append(Embedded(item.job_id, tuple(found[i] for i in range(len(found)))))
+
+    def fail(self, batch: Sequence[EmbedItem], message: str) -> None:
+        """The batch could not be computed: its jobs end."""
+        for job_id in {item.job_id for item in batch}:
+            self._fail(job_id, FailureKind.ENGINE, message)
+
+    def end_all(self) -> None:
+        """Fail everything that waits."""
+        for job_id in tuple(self._vectors):
+            self._fail(job_id, FailureKind.UNAVAILABLE, "the server is shutting down")
+
+    def _fail(self, job_id: int, kind: FailureKind, message: str) -> None:
+        if job_id in self._vectors:
+            self.cancel(job_id)
+            self._events.append(Failed(job_id, kind, message))
+
+    def take_events(self) -> tuple[Embedded | Failed, ...]:
+        """Events since the last call, in order."""
+        events = tuple(self._events)
+        self._events.clear()
+        return events

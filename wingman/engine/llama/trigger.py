@@ -1,0 +1,36 @@
+"""Where a lazy grammar begins: watches what is generated for the trigger texts and tokens.
+
+Engine thread only. The native lazy grammar is not used: it takes in the rest of the token that
+completes a trigger unasked, and aborts the process when the grammar forbids it.
+"""
+
+from __future__ import annotations
+
+from wingman.engine.runner import Tokenizer
+from wingman.engine.types import Constraint
+
+
+class Trigger:
+    """Waits for the first trigger of a lazy constraint."""
+
+    def __init__(self, constraint: Constraint, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = frozenset(constraint.trigger_tokens)
+        self._words = tuple(word.encode("utf-8", "replace") for word in constraint.trigger_texts if word)
+        self._n_kept = max(map(len, self._words), default=1) - 1
+        self._recent = b""
+
+    def push(self, token: int) -> list[int] | None:
+        """Take a generated token; once a trigger is complete, the tokens of all text from its start on,
+        which the grammar has to take in. Empty when that text is no token sequence."""
+        if token in self._tokens:
+            return [token]
+        window = self._recent + self._tokenizer.piece(token, special=True)
+        starts = [at for word in self._words if (at := window.find(word)) >= 0]
+        if not starts:
+            self._recent = window[len(window) - self._n_kept :] if self._n_kept else b""
+            return None
+        tail = window[min(starts) :]
+        tokens = self._tokenizer.tokenize(tail.decode("utf-8", "replace"), False, True)
+        is_same = b"".join(self._tokenizer.piece(one, special=True) for one in tokens) == tail
+        return tokens if is_same else []
