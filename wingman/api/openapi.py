@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from wingman import __version__
+from wingman.api.ranges import LIMITS, SAMPLING
 from wingman.api.replies import Error
 
 _REF: Final = "#/components/schemas/{name}"
@@ -27,6 +28,19 @@ _QUERY_PARAMETERS: Final = {
     "include_slots": "Anything: add the slots.",
     "action": "save, restore or erase.",
 }
+_EVENT: Final = {
+    "type": "object",
+    "description": "One event; data is JSON, or [DONE] at the end of OpenAI streams.",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
+_REQUIRED: Final[dict[str, tuple[str, ...]]] = {
+    "CompletionRequest": ("prompt",),
+    "ChatRequest": ("messages",),
+    "InfillRequest": ("input_prefix", "input_suffix"),
+    "RerankRequest": ("query",),
+}
+"""Fields of bodies that have to be there; their types allow null, which counts as absent."""
 _REQUIRED_PARAMETERS: Final = frozenset({"action"})
 
 
@@ -48,10 +62,12 @@ class Description:
 def openapi_document(routes: Iterable[Description]) -> dict[str, Any]:
     """The document that describes these routes."""
     listed = tuple(routes)
+    paths: dict[str, dict[str, Any]] = {}
     kinds = [kind for route in listed for kind in (route.body, *route.replies) if kind is not None]
     schemas, components = msgspec.json.schema_components((*kinds, Error), ref_template=_REF)
+    for name, component in components.items():
+        _add_limits(name, component)
     found = iter(schemas)
-    paths: dict[str, dict[str, Any]] = {}
     for route in listed:
         body = next(found) if route.body is not None else None
         replies = [next(found) for _ in route.replies]
@@ -73,6 +89,16 @@ def openapi_document(routes: Iterable[Description]) -> dict[str, Any]:
         },
         "security": [{}, {"bearer": []}, {"header": []}],
     }
+
+
+def _add_limits(title: str, component: dict[str, Any]) -> None:
+    """State the ranges of numbers outside of which a request is refused, and what bodies can't do without."""
+    if title in _REQUIRED:
+        component["required"] = list(_REQUIRED[title])
+    for name, schema in component.get("properties", {}).items():
+        bounds = (LIMITS | SAMPLING).get(name)
+        if bounds is not None and not bounds.clamps:
+            schema |= {"minimum": bounds.low, "maximum": bounds.high}
 
 
 def _operation(route: Description, body: Any, replies: list[Any]) -> dict[str, Any]:
@@ -103,7 +129,7 @@ def _responses(route: Description, replies: list[Any]) -> dict[str, Any]:
         schema = replies[0] if len(replies) == 1 else {"anyOf": replies}
         content = {"application/json": {"schema": schema}}
     if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     responses = {"200": {"description": "Success.", "content": content}}
     error = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
     for status, description in _ERRORS.items():

@@ -10,13 +10,42 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
 from wingman.errors import InvalidRequest
 
 Number = int | float | bool
+_TEXT: Final = {"type": "string"}
+_MIXED: Final = {"type": "array", "items": {"type": ["string", "integer"]}, "minItems": 1}
+_PROMPT: Final = [_TEXT, _MIXED, {"type": "array", "items": {"anyOf": [_TEXT, _MIXED]}, "minItems": 1}]
+Prompt = Annotated[Any, msgspec.Meta(extra_json_schema={"anyOf": _PROMPT})]
+"""A text, texts and token ids in turn, or several of these: `wingman.api.prompts` reads it."""
+Side = Annotated[Any, msgspec.Meta(extra_json_schema={"anyOf": _PROMPT[:2]})]
+_MESSAGE: Final = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"type": "string", "examples": ["system", "user", "assistant", "tool"]},
+        "content": {
+            "anyOf": [
+                _TEXT,
+                {"type": "null"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["type", "text"],
+                        "properties": {"type": {"const": "text"}, "text": _TEXT},
+                    },
+                },
+            ]
+        },
+    },
+}
+ChatMessage = Annotated[Any, msgspec.Meta(extra_json_schema=_MESSAGE)]
+"""A message; `wingman.chat.conversation` reads it."""
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
 
@@ -100,7 +129,7 @@ class GenerationFields(msgspec.Struct, kw_only=True):
 class CompletionRequest(GenerationFields, kw_only=True):
     """POST /completion, /completions and /v1/completions."""
 
-    prompt: Any = None
+    prompt: Prompt = None
     echo: bool | None = None
     suffix: Any = None
     best_of: Number | None = None
@@ -109,8 +138,8 @@ class CompletionRequest(GenerationFields, kw_only=True):
 class InfillRequest(GenerationFields, kw_only=True):
     """POST /infill."""
 
-    input_prefix: Any = None
-    input_suffix: Any = None
+    input_prefix: Side = None
+    input_suffix: Side = None
     input_extra: list[Any] | None = None
     prompt: Any = None
 
@@ -118,8 +147,8 @@ class InfillRequest(GenerationFields, kw_only=True):
 class EmbeddingRequest(msgspec.Struct, kw_only=True):
     """POST /embedding, /embeddings and /v1/embeddings."""
 
-    input: Any = None
-    content: Any = None
+    input: Prompt = None
+    content: Prompt = None
     model: Any = None
     encoding_format: str | None = None
     embd_normalize: Number | None = None
@@ -153,7 +182,7 @@ class LoraScale(msgspec.Struct, kw_only=True):
 class ChatRequest(GenerationFields, kw_only=True):
     """POST /chat/completions and /v1/chat/completions."""
 
-    messages: list[Any] | None = None
+    messages: list[ChatMessage] | None = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None

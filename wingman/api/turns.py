@@ -169,9 +169,13 @@ def render_turn(served: ServedModel, fields: ChatRequest) -> tuple[str, ToolChoi
 
 
 def _variables(served: ServedModel, fields: ChatRequest) -> dict[str, Any]:
+    """Variables for the template; an effort of "none" turns thinking off, as in llama-server."""
     variables = dict(served.config.model.chat_template_kwargs) | (fields.chat_template_kwargs or {})
-    if isinstance(fields.reasoning_effort, str):
-        variables.setdefault("reasoning_effort", fields.reasoning_effort)
+    effort = fields.reasoning_effort
+    if effort == "none":
+        variables.setdefault("enable_thinking", False)
+    elif isinstance(effort, str):
+        variables.setdefault("reasoning_effort", effort)
     return variables
 
 
