@@ -6,6 +6,7 @@ routing, error table, CORS. Runs on the loop thread.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import re
@@ -173,9 +174,9 @@ class App:
         """Whether a request sent now would be served."""
         return ops.get_ready(self._residency)
 
-    def _openapi(self, _: Request) -> Response:
+    async def _openapi(self, _: Request) -> Response:
         """This document."""
-        return Response(200, self._document())
+        return Response(200, await asyncio.to_thread(self._document))
 
     @functools.cache  # noqa: B019 - one application a process
     def _document(self) -> bytes:

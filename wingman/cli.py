@@ -32,8 +32,8 @@ _UNUSED_WITH_VALUE: Final = frozenset(
     -lm --load-mode -lzm --lazy-mode --numa -dev --device -ot --override-tensor -ncmoe --n-cpu-moe -ncffn
     --n-cpu-ffn -ts --tensor-split -fit --fit -fitt --fit-target -fitc --fit-ctx
     --control-vector --control-vector-scaled --log-file --log-colors -lv --verbosity
-    --log-verbosity --sampler-seq --sampling-seq --grammar --grammar-file -j --json-schema -jf
-    --json-schema-file -md --model-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min
+    --log-verbosity --sampler-seq --sampling-seq
+    -md --model-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min
     --spec-draft-n-max --spec-type -ctxcp --ctx-checkpoints -cms -cram --cache-ram --cache-reuse -mm
     --mmproj --tags --embd-normalize --path --api-prefix --tools -to --timeout --threads-http
     --reasoning-effort --reasoning-budget --sleep-idle-seconds

@@ -147,6 +147,14 @@ def _parse_override(text: str) -> KvOverride:
     return KvOverride(key, kinds[kind](value))
 
 
+def read_text(path: str) -> str:
+    """The text of a file; raises ValueError when it can't be read."""
+    try:
+        return Path(path).expanduser().read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"can't read {path}") from error
+
+
 def parse_object(text: str) -> tuple[tuple[str, Any], ...]:
     """The items of a JSON object."""
     found = json.loads(text)
@@ -261,9 +269,17 @@ class ContextConfig:
         help="longest input of embeddings; 0: what the model was trained with")  # fmt: skip
     max_embed_inputs: int = option(2048, "--max-embed-inputs", metavar="N",
         help="inputs in one request for embeddings, documents in one for ranking")  # fmt: skip
-    max_probs: int = option(1024, "--max-probs", metavar="N",
+    max_probs: int = option(256, "--max-probs", metavar="N",
         help="alternatives reported with a token; more are cut to this")  # fmt: skip
     spm_infill: bool = option(False, "--spm-infill", help="in infill put the suffix before the prefix")
+    grammar: str | None = option(None, "--grammar", metavar="GBNF",
+        help="grammar of requests that bring no constraint of their own")  # fmt: skip
+    grammar_file: str | None = option(None, "--grammar-file", parse=read_text, metavar="FILE",
+        help="file with such a grammar")  # fmt: skip
+    json_schema: str | None = option(None, "-j", "--json-schema", metavar="JSON",
+        help="JSON schema of requests that bring no constraint of their own; {}: any object")  # fmt: skip
+    json_schema_file: str | None = option(None, "-jf", "--json-schema-file", parse=read_text, metavar="FILE",
+        help="file with such a schema")  # fmt: skip
     max_queue: int = option(64, "--max-queue", metavar="N",
         help="requests that may wait for a slot; more are answered 429")  # fmt: skip
     max_queue_tokens: int = option(262144, "--max-queue-tokens", metavar="TOKENS",

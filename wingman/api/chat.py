@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
 
 from wingman.api import shapes
+from wingman.api.bodies import encode_answers
 from wingman.api.naming import naming_of
 from wingman.api.probabilities import prob_items, shown_probs
 from wingman.api.schema import ChatRequest, parse_body
@@ -41,9 +43,7 @@ async def chat(served: ServedModel, request: Request) -> Answer:
         return event_stream(_events(turn, naming, stream), stream, turn.ping_s)
     async with stream:
         results = await stream.results()
-    choices = [_choice(turn, index, finished) for index, finished in enumerate(results)]
-    body = shapes.chat_completion(naming, choices, results)
-    return Response(200, orjson.dumps(_add_verbose(body, turn, results[0])))
+    return Response(200, await encode_answers(served, results, partial(_body, turn, naming, results)))
 
 
 async def apply_template(served: ServedModel, request: Request) -> Response:
@@ -63,6 +63,11 @@ async def input_tokens(served: ServedModel, request: Request) -> Response:
 
 
 # -- not streamed -----------------------------------------------------------------------------------
+
+
+def _body(turn: Turn, naming: shapes.Naming, results: Sequence[Finished]) -> dict[str, Any]:
+    choices = [_choice(turn, index, finished) for index, finished in enumerate(results)]
+    return _add_verbose(shapes.chat_completion(naming, choices, results), turn, results[0])
 
 
 def _choice(turn: Turn, index: int, finished: Finished) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
-import orjson
-
 from wingman.api import shapes
+from wingman.api.bodies import encode_answers
 from wingman.api.infill import complete_between, side_tokens
 from wingman.api.naming import naming_of
 from wingman.api.native import Completion, answer_natively, build_completion
@@ -36,10 +36,14 @@ async def complete_text(served: ServedModel, request: Request) -> Answer:
         return event_stream(_text_events(prepared, naming, stream), stream, prepared.ping_s)
     async with stream:
         results = await stream.results()
+    make = partial(_text_body, prepared, naming, results)
+    return Response(200, await encode_answers(served, results, make))
+
+
+def _text_body(prepared: Completion, naming: shapes.Naming, results: Sequence[Finished]) -> dict[str, Any]:
     body = prepared.final(results[0], 0)
     body |= shapes.text_chunk(naming, *_choices(prepared, results))
-    body |= {"usage": shapes.usage_of(results), "timings": results[0].timings.to_dict()}
-    return Response(200, orjson.dumps(body))
+    return body | {"usage": shapes.usage_of(results), "timings": results[0].timings.to_dict()}
 
 
 def _choices(prepared: Completion, results: Sequence[Finished]) -> list[dict[str, Any]]:

@@ -31,23 +31,24 @@ MAX_TRIGGER_CHARS: Final = 256
 """Trigger texts of a lazy grammar; every token is searched for all of them."""
 
 
-def read_constraint(fields: GenerationFields) -> Constraint | None:
-    """The constraint of a native or text request: `grammar`, else `json_schema`, else `response_format`."""
+def read_constraint(fields: GenerationFields, default: Constraint | None) -> Constraint | None:
+    """The constraint of a native or text request: `grammar`, else `json_schema`, else `response_format`, else
+    the default."""
     if fields.grammar:
         return _from_grammar(fields)
     if fields.json_schema is not None:
         return Constraint(_schema_grammar(fields.json_schema, "json_schema"))
     schema = read_response_format(fields.response_format)
-    return None if schema is None else Constraint(_schema_grammar(schema, "response_format"))
+    return default if schema is None else Constraint(_schema_grammar(schema, "response_format"))
 
 
-def read_chat_constraint(fields: GenerationFields) -> Constraint | None:
+def read_chat_constraint(fields: GenerationFields, default: Constraint | None) -> Constraint | None:
     """The constraint of a chat request without tools: `response_format`, else `grammar` or `json_schema`."""
     schema = read_response_format(fields.response_format)
     if schema is not None:
         return Constraint(_schema_grammar(schema, "response_format"))
     read_chat_schema(fields)
-    return read_constraint(fields)
+    return read_constraint(fields, default)
 
 
 def read_chat_schema(fields: GenerationFields) -> Any:

@@ -6,9 +6,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from wingman.api import shapes
+from wingman.api.bodies import encode_answers
 from wingman.api.constraints import read_constraint
 from wingman.api.generation import JobMaker
 from wingman.api.probabilities import native_items, shown_probs, text_logprobs
@@ -74,8 +73,12 @@ async def answer_natively(prepared: Completion) -> Answer:
         return event_stream(_native_events(prepared, stream), stream, prepared.ping_s)
     async with stream:
         results = await stream.results()
+    return Response(200, await encode_answers(prepared.served, results, lambda: _bodies(prepared, results)))
+
+
+def _bodies(prepared: Completion, results: Sequence[Finished]) -> Any:
     bodies = [prepared.final(finished, index) for index, finished in enumerate(results)]
-    return Response(200, orjson.dumps(bodies[0] if len(bodies) == 1 else bodies))
+    return bodies[0] if len(bodies) == 1 else bodies
 
 
 def build_completion(
@@ -83,7 +86,7 @@ def build_completion(
 ) -> Completion:
     """Jobs for tokenised prompts; in the engine's executor."""
     maker = JobMaker.of(served)
-    constraint = read_constraint(fields)
+    constraint = read_constraint(fields, served.constraint)
     groups = [maker.build_jobs(prompt, fields, constraint) for prompt in prompts]
     texts = [_shown_prompt(served, group[0].prompt) for group in groups for _ in group]
     jobs = tuple(job for group in groups for job in group)

@@ -126,7 +126,7 @@ def prepare_turn(served: ServedModel, fields: ChatRequest) -> Turn:
     tokens = _tokenize(served, prompt)
     maker = JobMaker.of(served)
     fields.n_probs = _n_probs(fields)
-    constraint = _constraint(fields, dialogue)
+    constraint = _constraint(served, fields, dialogue)
     jobs = maker.build_jobs(tokens, fields, constraint, _preserved(served, dialogue))
     return Turn(tuple(jobs), prompt, fields, served, dialogue, maker.ping_interval(fields))
 
@@ -221,9 +221,9 @@ def _count(value: Any, field: str) -> int:
     return int(read_number(value, field, Range(int, 0, INT32_MAX, clamps=True)))
 
 
-def _constraint(fields: ChatRequest, dialogue: Dialogue) -> Constraint | None:
+def _constraint(served: ServedModel, fields: ChatRequest, dialogue: Dialogue) -> Constraint | None:
     if not dialogue.choice.tools:
-        return read_chat_constraint(fields)
+        return read_chat_constraint(fields, served.constraint)
     return read_call_constraint(
         fields,
         dialogue.format,

@@ -30,6 +30,8 @@ CharSet: TypeAlias = tuple[tuple[int, int], ...]
 Symbol: TypeAlias = int | CharSet
 """A reference to a rule by number, or one character."""
 Sequence: TypeAlias = list[Symbol]
+Rule: TypeAlias = list[Sequence]
+"""Its alternatives."""
 
 _LAST_CODE_POINT = 0x10FFFF
 _ANY: CharSet = ((0, _LAST_CODE_POINT),)
@@ -53,7 +55,7 @@ class BadGrammar(Exception):
 class Grammar:
     """Rules by number, each a list of alternatives; `root` is the number of the start rule."""
 
-    rules: list[list[Sequence]]
+    rules: list[Rule]
     root: int
 
 
@@ -77,7 +79,7 @@ class _Parser:
         self._depth = 0
         self._n_symbols = 0
         self._names: dict[str, int] = {}
-        self._rules: list[list[Sequence] | None] = []
+        self._rules: list[Rule | None] = []
 
     def run(self) -> Grammar:
         self._skip(_BLANKS_AND_LINES)
@@ -100,7 +102,7 @@ class _Parser:
             self._fail("a rule does not end with its line")
         self._skip(_BLANKS_AND_LINES)
 
-    def _alternatives(self, blanks: re.Pattern[str]) -> list[Sequence]:
+    def _alternatives(self, blanks: re.Pattern[str]) -> Rule:
         alternatives = [self._sequence(blanks)]
         while self._peek() == "|":
             self._at += 1
@@ -203,7 +205,7 @@ class _Parser:
             self._names[name] = self._new_rule(None)
         return self._names[name]
 
-    def _new_rule(self, rule: list[Sequence] | None) -> int:
+    def _new_rule(self, rule: Rule | None) -> int:
         if len(self._rules) >= MAX_RULES:
             self._fail("it has too many rules")
         self._rules.append(rule)

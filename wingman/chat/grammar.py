@@ -14,10 +14,10 @@ end (b11434, src/llama-grammar.cpp):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from wingman.chat.ambiguity import check_ambiguity
-from wingman.chat.gbnf import BadGrammar, Grammar, Sequence, parse
+from wingman.chat.gbnf import BadGrammar, Grammar, Rule, Sequence, parse
 from wingman.errors import InvalidRequest
 
 MAX_LEFT_CALLS = 1_000_000
@@ -45,11 +45,10 @@ def check_grammar(text: str, field: str = "grammar", *, must_finish: bool = True
 
 def check_recursion(grammar: Grammar) -> None:
     """Raise BadGrammar for rules without an end at the left."""
-    empty = _fixed_point(grammar, lambda sequence, found: all(s in found for s in sequence))
-    starting = _fixed_point(grammar, lambda sequence, found: _can_start(sequence, found, empty))
-    if len(empty | starting) < len(grammar.rules):
-        raise BadGrammar("a rule refers to itself before any character")
+    empty = _empty_rules(grammar.rules)
     edges = [_left_edges(rule, empty) for rule in grammar.rules]
+    if len(empty | _starting_rules(grammar.rules, empty, edges)) < len(grammar.rules):
+        raise BadGrammar("a rule refers to itself before any character")
     calls, depths = [0] * len(edges), [0] * len(edges)
     for component in _components(edges):  # what a rule begins with comes first
         for rule in component:
@@ -63,37 +62,61 @@ def check_recursion(grammar: Grammar) -> None:
         raise BadGrammar("rules refer to each other in too many ways")
 
 
-def _fixed_point(grammar: Grammar, holds: Callable[[Sequence, set[int]], bool]) -> set[int]:
-    """Rules with an alternative for which `holds`, given the rules found so far; the least such set."""
-    users: list[list[int]] = [[] for _ in grammar.rules]
-    for number, rule in enumerate(grammar.rules):
-        for used in {symbol for sequence in rule for symbol in sequence if isinstance(symbol, int)}:
-            users[used].append(number)
+def _empty_rules(rules: list[Rule]) -> set[int]:
+    """Rules that may match nothing."""
+    owners: list[int] = []  # by sequence without characters
+    n_left: list[int] = []
+    users: list[list[int]] = [[] for _ in rules]
+    for number, rule in enumerate(rules):
+        for sequence in rule:
+            references = [symbol for symbol in sequence if isinstance(symbol, int)]
+            if len(references) < len(sequence):
+                continue
+            for reference in references:
+                users[reference].append(len(owners))
+            owners.append(number)
+            n_left.append(len(references))
+    todo = [owner for owner, n in zip(owners, n_left, strict=True) if n == 0]
     found: set[int] = set()
-    todo = list(range(len(grammar.rules)))
     while todo:
         number = todo.pop()
-        if number not in found and any(holds(sequence, found) for sequence in grammar.rules[number]):
+        if number not in found:
+            found.add(number)
+            for user in users[number]:
+                n_left[user] -= 1
+                if n_left[user] == 0:
+                    todo.append(owners[user])
+    return found
+
+
+def _starting_rules(rules: list[Rule], empty: set[int], edges: Edges) -> set[int]:
+    """Rules that may begin with a character."""
+    users: list[list[int]] = [[] for _ in rules]
+    for number, called in enumerate(edges):
+        for each in called:
+            users[each].append(number)
+    todo = [
+        number for number, rule in enumerate(rules) if any(_has_char_at_left(each, empty) for each in rule)
+    ]
+    found: set[int] = set()
+    while todo:
+        number = todo.pop()
+        if number not in found:
             found.add(number)
             todo += users[number]
     return found
 
 
-def _can_start(sequence: Sequence, starting: set[int], empty: set[int]) -> bool:
-    for symbol in sequence:
-        if not isinstance(symbol, int) or symbol in starting:
-            return True
-        if symbol not in empty:
-            return False
-    return False
+def _has_char_at_left(sequence: Sequence, empty: set[int]) -> bool:
+    return not isinstance(next((symbol for symbol in sequence if symbol not in empty), 0), int)
 
 
-def _left_references(rule: list[Sequence], empty: set[int]) -> Iterator[int]:
+def _left_references(rule: Rule, empty: set[int]) -> Iterator[int]:
     """Rules that `rule` may begin with, each as often as llama.cpp follows it."""
     return (symbol for symbol, _ in _left_symbols(rule, empty))
 
 
-def _left_symbols(rule: list[Sequence], empty: set[int]) -> Iterator[tuple[int, bool]]:
+def _left_symbols(rule: Rule, empty: set[int]) -> Iterator[tuple[int, bool]]:
     for sequence in rule:
         for i, symbol in enumerate(sequence):
             if not isinstance(symbol, int):
@@ -103,7 +126,7 @@ def _left_symbols(rule: list[Sequence], empty: set[int]) -> Iterator[tuple[int, 
                 break
 
 
-def _left_edges(rule: list[Sequence], empty: set[int]) -> dict[int, bool]:
+def _left_edges(rule: Rule, empty: set[int]) -> dict[int, bool]:
     edges: dict[int, bool] = {}
     for symbol, grows in _left_symbols(rule, empty):
         edges[symbol] = edges.get(symbol, False) or grows

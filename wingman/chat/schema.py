@@ -42,7 +42,7 @@ MAX_VISIT_DEPTH = 64
 """Nested schemas, references followed: four Python frames each."""
 MAX_SCHEMAS = 5_000
 """Schemas converted: lists of types repeat what they hold, so work can grow faster than the text."""
-MAX_PROPERTIES = 1_000
+MAX_PROPERTIES = 500
 """Properties of one object; each costs a state that llama.cpp tries at every token."""
 _MAX_TRIE_DEPTH = 60
 """Characters of a key that another key must not equal: each is a nested group in the grammar."""

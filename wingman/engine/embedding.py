@@ -1,6 +1,7 @@
 """Inputs waiting to be embedded, from all requests, and how they are put into batches.
 
-Pure; engine thread. A batch takes whole inputs, oldest first, from as many requests as fit.
+Pure; engine thread. A batch takes whole inputs, oldest first, from as many requests as fit; while text
+is generated too, no more than what keeps the batch near `max_step_s` at the measured speed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ class EmbedItem:
 class EmbeddingQueue:
     """Batches hold at most `n_max` tokens and `n_inputs` inputs; no input is longer than `n_max`."""
 
-    def __init__(self, n_max: int, n_inputs: int) -> None:
+    def __init__(self, n_max: int, n_inputs: int, max_step_s: float) -> None:
         self._n_max = n_max
         self._n_inputs = n_inputs
+        self._max_step_s = max_step_s
+        self._tokens_per_s = 0.0
         self._waiting: deque[EmbedItem] = deque()
         self._vectors: dict[int, dict[int, bytes]] = {}
         self._n_inputs_of: dict[int, int] = {}
@@ -49,19 +52,23 @@ class EmbeddingQueue:
             del self._n_inputs_of[job_id]
             self._waiting = deque(item for item in self._waiting if item.job_id != job_id)
 
-    def plan(self) -> list[EmbedItem]:
-        """The next batch; empty when nothing waits."""
+    def plan(self, *, is_alone: bool) -> list[EmbedItem]:
+        """The next batch; empty when nothing waits. `is_alone`: nothing else waits for the engine."""
         batch: list[EmbedItem] = []
-        n_tokens = 0
+        n_most, n_tokens = self._n_max, 0
+        if not is_alone:
+            n_most = min(n_most, int(self._tokens_per_s * self._max_step_s))
         while self._waiting and len(batch) < self._n_inputs:
             n_tokens += len(self._waiting[0].tokens)
-            if batch and n_tokens > self._n_max:
+            if batch and n_tokens > n_most:
                 break
             batch.append(self._waiting.popleft())
         return batch
 
-    def apply(self, batch: Sequence[EmbedItem], vectors: Sequence[bytes]) -> None:
-        """Keep the vectors of a batch; jobs that are complete with it end."""
+    def apply(self, batch: Sequence[EmbedItem], vectors: Sequence[bytes], elapsed_s: float) -> None:
+        """Keep the vectors of a batch that took `elapsed_s`; jobs that are complete with it end."""
+        if elapsed_s > 0:
+            self._tokens_per_s = sum(len(item.tokens) for item in batch) / elapsed_s
         for item, vector in zip(batch, vectors, strict=True):
             found = self._vectors.get(item.job_id)
             if found is not None:

@@ -89,6 +89,11 @@ class Scheduler:
         self._prefill_rate = 0.0
         self.stats = EngineStats()
 
+    @property
+    def max_step_s(self) -> float:
+        """How long a step may take while text is generated, in seconds."""
+        return self._limits.max_step_s
+
     # -- jobs come and go -------------------------------------------------------------------
 
     @property

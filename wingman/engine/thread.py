@@ -129,7 +129,7 @@ class EngineThread:
 
     def _serve(self, runner: Runner) -> None:
         scheduler = self._make_scheduler(runner)
-        embeddings = EmbeddingQueue(runner.info.embedding.n_max, MAX_EMBED_INPUTS)
+        embeddings = EmbeddingQueue(runner.info.embedding.n_max, MAX_EMBED_INPUTS, scheduler.max_step_s)
         self._publish(scheduler, self._clock())
         self._post(Loaded(runner.info, runner.tokenizer, runner.parts))
         while self._drain(scheduler, embeddings, wait=scheduler.is_idle and embeddings.is_idle):
@@ -144,7 +144,7 @@ class EngineThread:
             elif not scheduler.is_idle and embeddings.is_idle:
                 time.sleep(STALL_WAIT_S)
             self._flush(scheduler, embeddings)
-            if self._embed(runner, embeddings):
+            if self._embed(runner, embeddings, is_alone=scheduler.is_idle):
                 self._flush(scheduler, embeddings)
 
     def _drain(self, scheduler: Scheduler, embeddings: EmbeddingQueue, *, wait: bool) -> bool:
@@ -188,14 +188,15 @@ class EngineThread:
         runner.reset()
         return None
 
-    def _embed(self, runner: Runner, embeddings: EmbeddingQueue) -> bool:
+    def _embed(self, runner: Runner, embeddings: EmbeddingQueue, *, is_alone: bool) -> bool:
         """Run one batch of embeddings; False when none waits."""
-        batch = embeddings.plan()
+        batch = embeddings.plan(is_alone=is_alone)
         if not batch:
             return False
-        self.step_started_at = self._clock()
+        started = self.step_started_at = self._clock()
         try:
-            embeddings.apply(batch, runner.embed([item.tokens for item in batch]))
+            vectors = runner.embed([item.tokens for item in batch])
+            embeddings.apply(batch, vectors, self._clock() - started)
         except Exception as error:
             log.error("embedding failed: %s", error, exc_info=not isinstance(error, RunnerFailure))
             embeddings.fail(batch, _FAILED_STEP)

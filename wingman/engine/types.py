@@ -93,13 +93,14 @@ class SlotMove(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class SlotJob:
     """Save, restore or erase a slot once it is idle. For a restore, `state` is the runtime's
-    serialised cache of `tokens`."""
+    serialised cache of `tokens`, computed with the adapter scales `lora`."""
 
     id: int
     slot_id: int
     move: SlotMove
     tokens: tuple[int, ...] = ()
     state: bytes = b""
+    lora: tuple[float, ...] = ()
 
 
 # -- commands, loop to engine ---------------------------------------------------------------------

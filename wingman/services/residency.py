@@ -6,6 +6,7 @@ serve; readiness asks `readiness`.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import logging
 import time
@@ -13,12 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import orjson
+
+from wingman.chat.constraint import schema_grammar
+from wingman.chat.grammar import check_grammar
 from wingman.chat.template import CHATML, ChatTemplate, FamilyTemplate, Template
 from wingman.config import Config, ContextConfig, ModelConfig
 from wingman.engine.client import Engine
 from wingman.engine.runner import Runner
-from wingman.engine.types import ModelInfo
-from wingman.errors import ConfigurationError, ModelLoadFailure, Unavailable
+from wingman.engine.types import Constraint, ModelInfo
+from wingman.errors import ConfigurationError, InvalidRequest, ModelLoadFailure, Unavailable
 
 log = logging.getLogger("wingman.residency")
 
@@ -76,6 +81,8 @@ class ServedModel:
     template: Template
     config: Config
     loaded_at: float
+    constraint: Constraint | None = None
+    """Of requests that bring none."""
 
     @property
     def info(self) -> ModelInfo:
@@ -105,6 +112,7 @@ class Residency:
         try:
             await self._engine.load()
             template = choose_template(self._config.model, self._engine.info)
+            constraint = await asyncio.to_thread(self._default_constraint)
         except (ModelLoadFailure, ConfigurationError):
             self._move(ModelMove.FAIL)
             raise
@@ -116,9 +124,19 @@ class Residency:
             template=template,
             config=self._config,
             loaded_at=time.time(),
+            constraint=constraint,
         )
         self._move(ModelMove.LOAD)
         return self._served
+
+    def _default_constraint(self) -> Constraint | None:
+        """The constraint of the flags, compiled; raises ConfigurationError when it is broken."""
+        try:
+            constraint = read_default_constraint(self._config.context)
+            self._engine.parts.prepare(self._config.sampling, constraint)
+        except InvalidRequest as error:
+            raise ConfigurationError(f"--grammar or --json-schema: {error.message}") from None
+        return constraint
 
     def served(self) -> ServedModel:
         """The loaded model, also while it drains; raises Unavailable while there is none."""
@@ -157,6 +175,21 @@ class Residency:
 
 def _file_name(path: str) -> str:
     return path.replace("\\", "/").rsplit("/", 1)[-1].rsplit("[=]", 1)[-1]
+
+
+def read_default_constraint(config: ContextConfig) -> Constraint | None:
+    """The constraint of the flags. Raises InvalidRequest when it is broken."""
+    grammar = config.grammar or config.grammar_file
+    schema = config.json_schema or config.json_schema_file
+    if grammar:
+        check_grammar(grammar)
+        return Constraint(grammar)
+    if not schema:
+        return None
+    try:
+        return Constraint(schema_grammar(orjson.loads(schema)))
+    except orjson.JSONDecodeError:
+        raise InvalidRequest("the schema is not valid JSON") from None
 
 
 def choose_template(config: ModelConfig, info: ModelInfo) -> Template:

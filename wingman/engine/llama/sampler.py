@@ -60,6 +60,10 @@ _LOWEST: Final = float(np.finfo(np.float32).min)
 """The logarithm reported for probability 0, as llama-server does."""
 
 
+N_LIKELIEST: Final = 256
+"""Tokens among which an allowed one is looked for first."""
+
+
 class Candidates:
     """A llama_token_data_array over the whole vocabulary, allocated once and filled for each draw."""
 
@@ -75,6 +79,20 @@ class Candidates:
         self.data["logit"] = logits
         self.data["p"] = 0
         self.array.size, self.array.selected, self.array.sorted = len(self._ids), -1, False
+
+    def fill_likeliest(self, logits: npt.NDArray[np.float32]) -> None:
+        """Start over from the N_LIKELIEST tokens only."""
+        n_kept = min(N_LIKELIEST, len(self._ids))
+        ids = np.argpartition(logits, -n_kept)[-n_kept:]
+        self.data["id"][:n_kept] = ids
+        self.data["logit"][:n_kept] = logits[ids]
+        self.data["p"][:n_kept] = 0
+        self.array.size, self.array.selected, self.array.sorted = n_kept, -1, False
+
+    def likeliest(self) -> tuple[int, float]:
+        """The token with the largest logit left, and that logit."""
+        best = int(self.left["logit"].argmax())
+        return int(self.data["id"][best]), float(self.data["logit"][best])
 
     def apply(self, sampler: Any) -> None:
         """Let a sampler narrow or choose."""
@@ -178,15 +196,24 @@ class Sampler:
 
     def _choose(self, logits: npt.NDArray[np.float32], grammar: Any = None) -> int:
         """Run the chain, after the grammar if one is given."""
-        if self._chain is None and grammar is None:
-            return int(logits.argmax())
+        if self._chain is None:
+            return int(logits.argmax()) if grammar is None else self._likeliest_allowed(logits, grammar)
         self._candidates.fill(logits)
         if grammar is not None:
             self._candidates.apply(grammar)
-        if self._chain is None:
-            return int(self._candidates.data["logit"].argmax())
         self._candidates.apply(self._chain)
         return self._candidates.chosen()
+
+    def _likeliest_allowed(self, logits: npt.NDArray[np.float32], grammar: Any) -> int:
+        """The allowed token with the largest logit, looked for among the likeliest first: a grammar takes 10
+        to 50 times longer over a whole vocabulary."""
+        for fill in (self._candidates.fill_likeliest, self._candidates.fill):
+            fill(logits)
+            self._candidates.apply(grammar)
+            token, logit = self._candidates.likeliest()
+            if logit != -math.inf:
+                break
+        return token
 
     def _is_allowed(self, token: int) -> bool:
         one = lib.llama_token_data(id=token, logit=1.0, p=0.0)
@@ -200,11 +227,11 @@ class Sampler:
             return None
         n_top = min(self._n_probs, self._n_vocab)
         shifted = logits - logits.max()
-        total = math.log(float(np.exp(shifted).sum()))
+        total = np.log(np.exp(shifted).sum())
         top = np.argpartition(-logits, n_top - 1)[:n_top]
         top = top[np.argsort(-logits[top], kind="stable")]
         values = np.maximum(shifted[top] - total, _LOWEST)
-        own = max(float(shifted[token]) - total, _LOWEST)
+        own = max(float(shifted[token] - total), _LOWEST)
         return TokenProb(token, own, tuple(zip(top.tolist(), values.tolist(), strict=True)))
 
     def _prob_after(self, token: int) -> TokenProb | None:
