@@ -29,7 +29,7 @@ _RUN_CHARS = 128
 """The longest of those."""
 _TOP = 3
 """Entries by which stacks are told apart."""
-MAX_STEPS = 800_000
+MAX_STEPS = 600_000
 """Stacks looked at, under a microsecond each. JSON takes 250 000, a hundred optional properties too many."""
 _STEPS_PER_EDGE = 12
 
