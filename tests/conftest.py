@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from tests.support.server import ServerProcess
+from tools.tinymodel import write_llama
 from wingman.services.starter import fetch_starter
 
 
@@ -23,6 +25,19 @@ def server(starter_model: Path) -> Iterator[ServerProcess]:
     arguments = ["--model", str(starter_model), "--alias", "smol", "-c", "8192", "-np", "8", "--metrics"]
     with ServerProcess(arguments) as process:
         yield process
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """OpenAI's package talking to the shared server; it tries once."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated model that says noise, with fill-in-the-middle tokens and a BOS."""
+    return write_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
 @pytest.fixture

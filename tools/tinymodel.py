@@ -32,6 +32,8 @@ NORM_EPSILON: Final = 1e-5
 LOGIT_SCALE: Final = 2.0
 """Spread of the llama model's logits: enough that greedy choices don't hang on the last bit."""
 
+LORA_RANK: Final = 8
+
 BERT_N_CTX: Final = 128
 """Positions a BERT model has; more tokens than that can't be encoded at once."""
 
@@ -50,6 +52,14 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML, whose two markers are control tokens of the vocabulary."""
+
+_FIM_TOKENS: Final = {
+    "fim_pre": "<|fim_prefix|>",
+    "fim_suf": "<|fim_suffix|>",
+    "fim_mid": "<|fim_middle|>",
+}
+_REPO_TOKENS: Final = {"fim_rep": "<|repo_name|>", "fim_sep": "<|file_sep|>"}
+"""Special tokens by the names of their metadata keys."""
 
 _WORDS: Final = (
     "the and that with this have from they will what there would about which when make can like time "
@@ -86,21 +96,23 @@ def write_llama(
     n_ctx_train: int = 512,
     n_splits: int = 1,
     chat_template: str | None = CHAT_TEMPLATE,
+    knows_repositories: bool = False,
 ) -> Path:
     """Write a generating model of the llama architecture; the path of the (first) file.
 
     `n_ctx_train` is in tokens. With `n_splits` above 1 the tensors are spread over files named
-    like `path` with -00001-of-0000N before the suffix. `chat_template` None leaves it out. Raises
+    like `path` with -00001-of-0000N before the suffix. `chat_template` None leaves it out.
+    `knows_repositories` adds the tokens that separate the files of a repository. Raises
     ValueError when there are fewer tensors than files, OSError when a file can't be written.
     """
-    vocabulary = _spm_vocabulary()
+    vocabulary = _spm_vocabulary(_REPO_TOKENS if knows_repositories else {})
     metadata = _llama_metadata(vocabulary, n_ctx_train, chat_template)
     return _write(path, "llama", metadata, _llama_tensors(seed, len(vocabulary.texts)), n_splits)
 
 
-def _spm_vocabulary() -> _Vocabulary:
+def _spm_vocabulary(extra: Mapping[str, str]) -> _Vocabulary:
     """A SentencePiece vocabulary: specials, all bytes, printable ASCII, and pieces of common words."""
-    specials = ["<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    specials = ["<|im_start|>", "<|im_end|>", *_FIM_TOKENS.values(), *extra.values()]
     heads = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
     letters = [_SPACE, *(chr(code) for code in range(0x21, 0x7F))]
@@ -143,9 +155,11 @@ def _llama_metadata(vocabulary: _Vocabulary, n_ctx_train: int, chat_template: st
         "tokenizer.ggml.unknown_token_id": vocabulary.id("<unk>"),
         "tokenizer.ggml.bos_token_id": vocabulary.id("<s>"),
         "tokenizer.ggml.eos_token_id": vocabulary.id("</s>"),
-        "tokenizer.ggml.fim_pre_token_id": vocabulary.id("<|fim_prefix|>"),
-        "tokenizer.ggml.fim_suf_token_id": vocabulary.id("<|fim_suffix|>"),
-        "tokenizer.ggml.fim_mid_token_id": vocabulary.id("<|fim_middle|>"),
+        **{
+            f"tokenizer.ggml.{name}_token_id": vocabulary.id(text)
+            for name, text in (_FIM_TOKENS | _REPO_TOKENS).items()
+            if text in vocabulary.texts
+        },
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": False,
     }
@@ -174,6 +188,32 @@ def _llama_tensors(seed: int, n_vocab: int) -> Tensors:
     tensors["output_norm.weight"] = _ones(N_EMBD)
     tensors["output.weight"] = _linear(rng, n_vocab, N_EMBD, gain=LOGIT_SCALE)
     return tensors
+
+
+# -- lora -----------------------------------------------------------------------------------------
+
+
+def write_lora(path: Path, *, seed: int = 0) -> Path:
+    """Write a LoRA adapter for any model of `write_llama`; returns `path`.
+
+    At scale 1 it weighs as much as the weights it adapts, so that greedy output is another from the
+    first tokens on. Raises OSError when the file can't be written.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = {f"blk.{layer}.ffn_down": (N_EMBD, N_FF) for layer in range(N_LAYERS)}
+    shapes |= {f"blk.{layer}.attn_output": (N_EMBD, N_EMBD) for layer in range(N_LAYERS)}
+    tensors: Tensors = {}
+    for name, (n_out, n_in) in shapes.items():
+        tensors[f"{name}.weight.lora_a"] = _linear(rng, LORA_RANK, n_in)
+        tensors[f"{name}.weight.lora_b"] = _linear(rng, n_out, LORA_RANK)
+    metadata = {
+        "general.type": "adapter",
+        "general.name": "tiny adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(LORA_RANK),
+        "adapter.lora.task_name": f"noise {seed}",
+    }
+    return _write(path, "llama", metadata, tensors, n_splits=1)
 
 
 # -- bert -----------------------------------------------------------------------------------------
@@ -373,8 +413,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.kind == "llama":
             path = write_llama(
-                options.path, seed=options.seed, n_ctx_train=options.n_ctx_train, n_splits=options.splits
+                options.path,
+                seed=options.seed,
+                n_ctx_train=options.n_ctx_train,
+                n_splits=options.splits,
+                knows_repositories=options.knows_repositories,
             )
+        elif options.kind == "lora":
+            path = write_lora(options.path, seed=options.seed)
         else:
             path = write_bert(options.path, seed=options.seed, pooling=options.pooling)
     except (OSError, ValueError) as error:
@@ -391,7 +437,8 @@ def _build_parser() -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     llama = kinds.add_parser("llama", help="a model that generates text (noise)")
     bert = kinds.add_parser("bert", help="a model that makes embeddings, or ranks with --pooling rank")
-    for kind in (llama, bert):
+    lora = kinds.add_parser("lora", help="an adapter that makes a llama model say other things")
+    for kind in (llama, bert, lora):
         kind.add_argument("path", type=Path, metavar="FILE", help="where to write; ends in .gguf")
         kind.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)")
     llama.add_argument(
@@ -399,6 +446,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     llama.add_argument(
         "--splits", type=int, default=1, metavar="N", help="files to spread the tensors over (default: 1)"
+    )
+    llama.add_argument(
+        "--knows-repositories", action="store_true", help="add the tokens of fill-in-the-middle over files"
     )
     bert.add_argument("--pooling", choices=tuple(POOLINGS), default="mean", help="(default: mean)")
     return parser

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from tools import tinymodel
-from tools.tinymodel import BERT_N_CTX, CHAT_TEMPLATE, N_EMBD, write_bert, write_llama
+from tools.tinymodel import BERT_N_CTX, CHAT_TEMPLATE, N_EMBD, write_bert, write_llama, write_lora
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.llama import LlamaRunner, binding
 from wingman.engine.llama.binding import lib
@@ -24,24 +24,25 @@ N_GENERATED = 48
 
 
 @contextmanager
-def loaded(path: Path) -> Iterator[LlamaRunner]:
-    runner = LlamaRunner(ModelConfig(model=path), ContextConfig(parallel=2, threads=1))
+def loaded(path: Path, **fields: Any) -> Iterator[LlamaRunner]:
+    runner = LlamaRunner(ModelConfig(model=path, **fields), ContextConfig(parallel=2, threads=1))
     try:
         yield runner
     finally:
         runner.close()
 
 
-def generate(runner: LlamaRunner, text: str, temperature: float) -> list[int]:
+def generate(runner: LlamaRunner, text: str, temperature: float, lora: tuple[float, ...] = ()) -> list[int]:
     tokens = runner.tokenizer.tokenize(text, add_special=True, parse_special=True)
     sampling = SamplingParams(temperature=temperature, seed=1)
     starts: tuple[SamplerStart, ...] = (SamplerStart(0, sampling, tokens),)
     position, output = 0, []
     for _ in range(N_GENERATED):
-        samples = runner.run(Batch((), starts, (Chunk(0, 1, tokens, position, True),), 0.0))
+        chunks = (Chunk(0, 1, tokens, position, True),)
+        samples = runner.run(Batch((), starts, chunks, 0.0, lora=lora))
         starts = ()
         position += len(tokens)
-        tokens = [samples[0]]
+        tokens = [samples.tokens[0]]
         output += tokens
     return output
 
@@ -96,6 +97,13 @@ class TestLlama:
         assert outputs[0] == outputs[1]
         assert len(set(outputs[0])) > 5
 
+    def test_repositories(self, tmp_path: Path) -> None:
+        with loaded(write_llama(tmp_path / "repo.gguf", knows_repositories=True)) as runner:
+            fim = runner.info.fim
+            assert fim is not None
+            pieces = [runner.tokenizer.piece(token, special=True) for token in (fim.repo, fim.sep)]
+        assert pieces == [b"<|repo_name|>", b"<|file_sep|>"]
+
     def test_template_can_be_left_out(self, tmp_path: Path) -> None:
         with loaded(write_llama(tmp_path / "bare.gguf", chat_template=None)) as runner:
             assert runner.info.chat_template is None
@@ -130,6 +138,20 @@ class TestSplit:
         with pytest.raises(ValueError, match="can't be split"):
             write_llama(tmp_path / "tiny.gguf", n_splits=n_splits)
         assert not list(tmp_path.iterdir())
+
+
+class TestLora:
+    def test_scale_1_says_other_things(self, tmp_path: Path) -> None:
+        model, adapter = write_llama(tmp_path / "tiny.gguf"), write_lora(tmp_path / "lora.gguf")
+        with loaded(model) as runner:
+            expected = generate(runner, "hello world", temperature=0.0)
+        with loaded(model, lora=((adapter, 1.0),)) as runner:
+            assert runner.info.loras[0].metadata["adapter.lora.task_name"] == "noise 0"
+            off = generate(runner, "hello world", temperature=0.0, lora=(0.0,))
+            runner.reset()
+            on = generate(runner, "hello world", temperature=0.0, lora=(1.0,))
+        assert off == expected
+        assert on[:4] != expected[:4]
 
 
 @contextmanager
@@ -217,6 +239,7 @@ class TestBytes:
         paths = [tmp_path / "one.gguf", tmp_path / "two.gguf"]
         assert len({write_llama(path, seed=3).read_bytes() for path in paths}) == 1
         assert len({write_bert(path, seed=3, pooling="rank").read_bytes() for path in paths}) == 1
+        assert len({write_lora(path, seed=3).read_bytes() for path in paths}) == 1
         for path in paths:
             write_llama(path, seed=3, n_splits=2)
         for part in ("00001-of-00002", "00002-of-00002"):
@@ -239,6 +262,11 @@ class TestCommand:
         path = tmp_path / "tiny.gguf"
         assert tinymodel.main(["bert", str(path), "--pooling", "cls", "--seed", "5"]) == 0
         assert path.read_bytes() == write_bert(tmp_path / "same.gguf", seed=5, pooling="cls").read_bytes()
+
+    def test_lora(self, tmp_path: Path) -> None:
+        path = tmp_path / "lora.gguf"
+        assert tinymodel.main(["lora", str(path), "--seed", "5"]) == 0
+        assert path.read_bytes() == write_lora(tmp_path / "same.gguf", seed=5).read_bytes()
 
     def test_unwritable_path_ends_with_a_message(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
