@@ -17,7 +17,7 @@ from wingman.api.schema import CompletionRequest, parse_body
 from wingman.api.streams import DONE, encode, event_stream
 from wingman.engine.stream import JobStream
 from wingman.engine.types import Finished, Progress, TextDelta, TokenProb
-from wingman.errors import InvalidRequest, NotSupported
+from wingman.errors import InvalidRequest
 from wingman.http.messages import Answer, Request, Response
 from wingman.services.residency import ServedModel
 
@@ -63,8 +63,8 @@ def _echoes(prepared: Completion) -> bool:
 
 async def _prepare(served: ServedModel, request: Request) -> Completion:
     fields = await parse_body(request.body, CompletionRequest)
-    if fields.best_of is not None and fields.best_of > 1:
-        raise NotSupported("'best_of' is not supported")
+    if fields.best_of is not None and fields.best_of > (fields.n or 1):
+        raise InvalidRequest("Field 'best_of': answers beyond 'n' are not drawn", "best_of")
     if fields.prompt is None:
         raise InvalidRequest("Field 'prompt': is required", "prompt")
     return await served.engine.work(len(request.body), _tokenize, served, fields)
@@ -79,6 +79,8 @@ def _tokenize(served: ServedModel, fields: CompletionRequest) -> Completion:
 
 def _between(served: ServedModel, fields: CompletionRequest) -> Completion:
     """OpenAI's `suffix`: what goes between prompt and suffix."""
+    if served.info.fim is None:
+        raise InvalidRequest("Field 'suffix': this model has no fill-in-the-middle tokens", "suffix")
     for field in ("prompt", "suffix"):
         if not isinstance(getattr(fields, field), str):
             raise InvalidRequest(f"Field '{field}': must be a string when suffix is given", field)
