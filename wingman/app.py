@@ -19,6 +19,7 @@ import orjson
 
 from protocol import Limits
 from wingman.api import (
+    anthropic,
     chat,
     completions,
     embeddings,
@@ -27,8 +28,16 @@ from wingman.api import (
     models,
     ops,
     replies,
+    responses,
     slots,
     tokens,
+)
+from wingman.api.dialects_schema import (
+    MessageObject,
+    MessageRequest,
+    ResponseInputTokens,
+    ResponseObject,
+    ResponseRequest,
 )
 from wingman.api.errors import error_response, protocol_error_response
 from wingman.api.openapi import Description, openapi_document
@@ -86,6 +95,22 @@ MODEL_ROUTES: Final[tuple[tuple[str, tuple[str, ...], ModelEndpoint, Any, Any], 
         ChatRequest,
         replies.InputTokens,
     ),
+    ("POST", ("/responses", "/v1/responses"), responses.respond, ResponseRequest, ResponseObject),
+    (
+        "POST",
+        ("/responses/input_tokens", "/v1/responses/input_tokens"),
+        responses.input_tokens,
+        ResponseRequest,
+        ResponseInputTokens,
+    ),
+    ("POST", ("/v1/messages",), anthropic.create_message, MessageRequest, MessageObject),
+    (
+        "POST",
+        ("/v1/messages/count_tokens",),
+        anthropic.count_message_tokens,
+        MessageRequest,
+        replies.InputTokens,
+    ),
     ("POST", ("/infill",), infill.infill, InfillRequest, _COMPLETIONS),
     ("POST", ("/embedding", "/embeddings", "/v1/embeddings"), embeddings.embed, EmbeddingRequest, _VECTORS),
     (
@@ -101,7 +126,16 @@ MODEL_ROUTES: Final[tuple[tuple[str, tuple[str, ...], ModelEndpoint, Any, Any], 
     ("POST", ("/lora-adapters",), lora.set_adapters, list[LoraScale], replies.Success),
 )
 """Every route that needs the loaded model."""
-_STREAMING: Final = frozenset({completions.complete, completions.complete_text, chat.chat, infill.infill})
+_STREAMING: Final = frozenset(
+    {
+        completions.complete,
+        completions.complete_text,
+        chat.chat,
+        responses.respond,
+        anthropic.create_message,
+        infill.infill,
+    }
+)
 _QUERIES: Final[dict[str, tuple[str, ...]]] = {
     "/health": ("include_slots", "fail_on_no_slot"),
     "/v1/health": ("include_slots", "fail_on_no_slot"),

@@ -7,6 +7,7 @@ Translation runs in the engine's executor, writers on the loop; nothing here wai
 
 from __future__ import annotations
 
+import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -36,8 +37,11 @@ Body = dict[str, Any]
 # -- requests ---------------------------------------------------------------------------------------
 
 _OWN: Final[dict[str, None]] = dict.fromkeys(
-    ("n_predict", "max_completion_tokens", "n", "n_cmpl", "n_probs", "logprobs", "top_logprobs")
-)
+    (
+        "n_predict", "max_completion_tokens", "n", "n_cmpl",
+        "logprobs", "top_logprobs", "n_probs", "post_sampling_probs",
+    )
+)  # fmt: skip
 """Generation fields that the dialects replace by words of their own, or have no place for."""
 _MAX_SHOWN: Final = 64
 """Characters of a client's word that an error repeats."""
@@ -73,15 +77,16 @@ def derive_chat(
 
 @contextmanager
 def respelled(words: Sequence[tuple[str, str]]) -> Iterator[None]:
-    """Refusals from within name fields of a chat request; put the dialect's words in their place."""
+    """Refusals from within name fields of a chat request; put the dialect's words, as pairs of a pattern and
+    what it becomes, in their place."""
     try:
         yield
     except InvalidRequest as error:
         if error.field is None:
             raise
         name = error.field
-        for chat_word, word in words:
-            name = name.replace(chat_word, word)
+        for pattern, word in words:
+            name = re.sub(pattern, word, name)
         raise InvalidRequest(error.message.replace(error.field, name), name) from None
 
 
@@ -235,7 +240,8 @@ class PartWriter(ABC):
             if isinstance(delta, ToolCallStart) or not self.parts or self.parts[-1].kind is not kind:
                 bodies += self.close_part("completed") + self._open(kind, delta)
             if not isinstance(delta, ToolCallStart):
-                part, probs = self.parts[-1], self._reader.take_probs(delta)
+                part = self.parts[-1]
+                probs = self._reader.take_probs(delta) if kind is PartKind.TEXT else ()
                 part.pieces.append(delta.text)
                 part.probs += probs
                 bodies += self.grown(part, delta.text, probs)
@@ -257,8 +263,10 @@ class PartWriter(ABC):
         return bodies + self.ended(finished, reason)
 
 
-async def reply(turn: Turn, stream: JobStream, writer: PartWriter) -> Answer:
-    """Answer with the events of a job, or with its end."""
+async def reply(writer: PartWriter) -> Answer:
+    """Answer with the events of the turn's job, or with its end."""
+    turn = writer.turn
+    stream = turn.served.engine.submit(*turn.jobs)
     if turn.jobs[0].stream:
         return event_stream(_events(writer, stream), stream, turn.ping_s, writer.fail)
     async with stream:
