@@ -174,52 +174,6 @@ def _read_name(raw: Any, field: str) -> str:
     return name
 
 
-def read_calls(messages: Sequence[Message], *, as_objects: bool) -> tuple[dict[str, Any], ...]:
-    """Messages whose `tool_calls` are well-formed, their arguments objects or JSON text as a template wants.
-
-    The older `function_call` becomes a tool call. Raises InvalidRequest naming the message at fault.
-    """
-    return tuple(_read_message(message, f"messages[{i}]", as_objects) for i, message in enumerate(messages))
-
-
-def _read_message(message: Message, where: str, as_objects: bool) -> dict[str, Any]:
-    read = dict(message)
-    legacy = read.pop("function_call", None)
-    calls = read.get("tool_calls") or ([{"function": legacy}] if legacy else [])
-    if not isinstance(calls, list):
-        raise InvalidRequest(f"{where}.tool_calls must be an array", f"{where}.tool_calls")
-    if calls:
-        places = [f"{where}.tool_calls[{index}]" for index in range(len(calls))]
-        read["tool_calls"] = [_read_call(*pair, as_objects) for pair in zip(calls, places, strict=True)]
-    else:
-        read.pop("tool_calls", None)
-    return read
-
-
-def _read_call(raw: Any, where: str, as_objects: bool) -> dict[str, Any]:
-    if not isinstance(raw, Mapping) or raw.get("type", "function") != "function":
-        raise InvalidRequest(f"{where} must be an object of type 'function'", where)
-    function = raw.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise InvalidRequest(f"{where}.function must have a name", f"{where}.function")
-    arguments = _read_arguments(function.get("arguments"), f"{where}.function.arguments")
-    written: Any = arguments if as_objects else json.dumps(arguments, ensure_ascii=False)
-    return {**raw, "type": "function", "function": {**function, "arguments": written}}
-
-
-def _read_arguments(raw: Any, where: str) -> dict[str, Any]:
-    if isinstance(raw, str) and raw:
-        try:
-            raw = orjson.loads(raw)
-        except ValueError:
-            raise InvalidRequest(f"{where} must be JSON", where) from None
-    arguments = raw or {}
-    if not isinstance(arguments, dict):
-        raise InvalidRequest(f"{where} must be an object", where)
-    _check_size(arguments, where)
-    return arguments
-
-
 _PROMPT: Final = """You can call tools. These are the tools:
 {tools}
 
@@ -238,9 +192,9 @@ def polyfill(messages: Sequence[Message], choice: ToolChoice) -> tuple[dict[str,
     """Messages that say everything about tools in words, for a template that knows none.
 
     The tools join a first system message, or become one; calls and results in the history become text.
-    Raises InvalidRequest for a history with malformed calls.
+    `messages` are as `read_messages` makes them.
     """
-    told = [_tell(message) for message in read_calls(messages, as_objects=True)]
+    told = [_tell(message) for message in messages]
     if choice.mode is ToolMode.NONE:
         return tuple(told)
     prompt = _prompt(choice)
@@ -276,5 +230,5 @@ def _tell(message: Message) -> dict[str, Any]:
 
 
 def _write_call(function: Mapping[str, Any]) -> str:
-    call = {"name": function["name"], "arguments": function["arguments"]}
-    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+    name, arguments = json.dumps(function["name"], ensure_ascii=False), function["arguments"] or "{}"
+    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
