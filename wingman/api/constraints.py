@@ -83,7 +83,7 @@ def read_call_constraint(
         return Constraint(grammar, True, format.triggers)
     either = ["root ::= calls | answer", grammar.replace("root ::=", "calls ::=", 1)]
     text = "\n".join((*either, schema_rules(schema, "answer")))
-    check_grammar(text, "response_format")
+    check_grammar(text, "response_format", must_finish=False)
     return Constraint(text)
 
 
