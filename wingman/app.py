@@ -40,6 +40,7 @@ from wingman.api.dialects_schema import (
     ResponseRequest,
 )
 from wingman.api.errors import error_response, protocol_error_response
+from wingman.api.forms import is_form, read_form
 from wingman.api.openapi import Description, openapi_document
 from wingman.api.schema import (
     ChatRequest,
@@ -243,6 +244,8 @@ class App:
         """Answer a complete request."""
         try:
             match = self._match(request)
+            if is_form(request):
+                request = replace(request, body=await read_form(request))
             answer = match.endpoint(replace(request, params=match.params))
             if inspect.isawaitable(answer):
                 answer = await answer
