@@ -1,75 +1,13 @@
-"""The scheduler against a scripted runner: cases one by one, then any order of everything."""
+"""The scheduler against a scripted runner, case by case; any order of everything is in test_any_order."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.support.runner import EOS, ScriptedRunner, next_token, solo_output
-from wingman.config import SamplingParams
-from wingman.engine.runner import Batch, KvRemove, KvShift
-from wingman.engine.scheduler import Scheduler, SchedulerLimits
-from wingman.engine.types import (
-    Failed,
-    FailureKind,
-    Finished,
-    Job,
-    JobEvent,
-    Progress,
-    Started,
-    StopType,
-    TextDelta,
-)
-
-GREEDY = SamplingParams(temperature=0.0)
-
-
-class Machine:
-    """A scheduler with its runner and a clock that ticks a second a step."""
-
-    def __init__(self, n_slots: int = 2, n_ctx_slot: int = 64, n_batch: int = 16, **limits: object) -> None:
-        n_ctx = limits.pop("n_ctx", None)
-        self.runner = ScriptedRunner(n_slots, n_ctx_slot, n_ctx, n_batch)  # type: ignore[arg-type]
-        fields = {
-            "n_slots": n_slots, "n_ctx_slot": n_ctx_slot, "n_ctx_total": self.runner.n_ctx,
-            "n_batch": n_batch, "n_ubatch": n_batch, **limits,
-        }  # fmt: skip
-        self.scheduler = Scheduler(SchedulerLimits(**fields), self.runner.tokenizer)  # type: ignore[arg-type]
-        self.now = 0.0
-        self.events: list[JobEvent] = []
-        self.batches: list[Batch] = []
-
-    def add(self, job_id: int, prompt: list[int], **fields: object) -> Job:
-        job = Job(id=job_id, prompt=tuple(prompt), sampling=GREEDY, **fields)  # type: ignore[arg-type]
-        self.scheduler.add(job, self.now)
-        return job
-
-    def step(self, cancel: int | None = None) -> Batch | None:
-        """Plan, run, perhaps cancel in between, apply."""
-        self.now += 1.0
-        batch = self.scheduler.plan(self.now)
-        if batch is not None:
-            self.batches.append(batch)
-            samples = self.runner.run(batch)
-            if cancel is not None:
-                self.scheduler.cancel(cancel)
-            self.scheduler.apply(batch, samples, self.now + 0.5)
-        self.scheduler.check_integrity()
-        self.events += self.scheduler.take_events()
-        return batch
-
-    def run(self) -> None:
-        for _ in range(1000):
-            if self.scheduler.is_idle:
-                return
-            self.step()
-        raise AssertionError("the scheduler does not come to an end")
-
-    def finished(self, job_id: int) -> Finished:
-        (event,) = (e for e in self.events if isinstance(e, Finished) and e.job_id == job_id)
-        return event
+from tests.support.runner import EOS, next_token, solo_output
+from tests.support.scheduler import Machine
+from wingman.engine.runner import KvRemove, KvShift
+from wingman.engine.types import Failed, FailureKind, Finished, Progress, Started, StopType
 
 
 def test_a_job_alone_gets_its_tokens() -> None:
@@ -285,73 +223,6 @@ def test_prompts_that_fit_alone_take_turns_in_a_unified_cache() -> None:
     machine.run()
     for job_id, prompt in prompts.items():
         assert list(machine.finished(job_id).tokens) == solo_output(prompt, 5, 128)
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Jobs come, run and go in any order; each must get exactly what it would get alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.machine = Machine(n_slots=3, n_ctx_slot=48, n_batch=8)
-        self.jobs: dict[int, Job] = {}
-        self.cancelled: set[int] = set()
-
-    @rule(
-        prompt=st.lists(st.integers(3, 9), min_size=1, max_size=20),
-        n_predict=st.integers(-1, 12),
-        stream=st.booleans(),
-        cache=st.booleans(),
-        id_slot=st.integers(-1, 2),
-    )
-    def add(self, prompt: list[int], n_predict: int, stream: bool, cache: bool, id_slot: int) -> None:
-        job_id = len(self.jobs) + 1
-        fields = {"n_predict": n_predict, "stream": stream, "cache_prompt": cache, "id_slot": id_slot}
-        self.jobs[job_id] = self.machine.add(job_id, [1, *prompt], **fields)
-
-    @rule()
-    def step(self) -> None:
-        self.machine.step()
-
-    @precondition(lambda self: self.jobs)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        job_id = data.draw(st.sampled_from(sorted(self.jobs)))
-        if job_id not in self._ended():
-            self.cancelled.add(job_id)
-        self.machine.scheduler.cancel(job_id)
-
-    @precondition(lambda self: self.jobs)
-    @rule(data=st.data())
-    def cancel_during_the_step(self, data: st.DataObject) -> None:
-        job_id = data.draw(st.sampled_from(sorted(self.jobs)))
-        ended = self._ended()
-        if self.machine.step(cancel=job_id) is not None and job_id not in ended:
-            self.cancelled.add(job_id)
-
-    def _ended(self) -> set[int]:
-        return {e.job_id for e in self.machine.events if isinstance(e, Finished | Failed)}
-
-    @invariant()
-    def slots_and_jobs_agree(self) -> None:
-        self.machine.scheduler.check_integrity()
-
-    def teardown(self) -> None:
-        self.machine.run()
-        ends = [e for e in self.machine.events if isinstance(e, Finished | Failed)]
-        assert sorted(e.job_id for e in ends) == sorted(set(self.jobs) - self.cancelled)
-        for end in ends:
-            assert isinstance(end, Finished)
-            job = self.jobs[end.job_id]
-            assert list(end.tokens) == solo_output(job.prompt, job.n_predict, 48)
-            if job.stream:
-                deltas = [e for e in self.machine.events if isinstance(e, TextDelta) and e.job_id == job.id]
-                assert "".join(delta.text for delta in deltas) == end.text
-                assert [token for delta in deltas for token in delta.tokens] == list(end.tokens)
-        assert all(not slot.is_busy for slot in self.machine.scheduler.snapshot().slots)
-
-
-AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestAnyOrder = AnyOrder.TestCase
 
 
 def test_the_scripted_text_ends_now_and_then() -> None:

@@ -1,7 +1,8 @@
 """A scripted Runner: no model, but a real cache that notices every inconsistency of the scheduler.
 
-The token after a sequence depends only on the tokens in its cache, so what a job produces must not
-depend on its neighbours, on slots, on chunking or on cache reuse.
+The token after a sequence depends only on the tokens in its cache and on the adapter scales they were
+computed with, so what a job produces must not depend on its neighbours, on slots, on chunking, on forks or
+on cache reuse.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from array import array
 from collections.abc import Sequence
 
 from wingman.config import SamplingParams
-from wingman.engine.runner import Batch, KvRemove, KvShift, RunnerFailure, Samples
-from wingman.engine.types import Constraint, EmbeddingInfo, ModelInfo, PoolingType
+from wingman.engine.runner import Batch, KvRemove, KvShift, RunnerFailure, SamplerStart, Samples
+from wingman.engine.types import Constraint, EmbeddingInfo, ModelInfo, PoolingType, TokenProb
 
 N_VOCAB = 300
 EOS = 2
@@ -44,12 +45,28 @@ class ScriptedVocabulary:
         return b"".join(self.piece(token, special) for token in tokens).decode("utf-8", "replace")
 
 
-def next_token(tokens: Sequence[int]) -> int:
-    """The token that follows `tokens`: a hash of all of them, about one in 40 being EOS."""
+def entries(tokens: Sequence[int], lora: tuple[float, ...] = ()) -> list[int]:
+    """What the cache holds of tokens computed with these adapter scales."""
+    shift = sum(int(scale * (index + 1)) for index, scale in enumerate(lora))
+    return [token + N_VOCAB * shift for token in tokens]
+
+
+def _hash(held: Sequence[int]) -> int:
     value = 7
-    for token in tokens:
-        value = (value * 31 + token) % 1_000_003
+    for entry in held:
+        value = (value * 31 + entry) % 1_000_003
+    return value
+
+
+def next_token(held: Sequence[int]) -> int:
+    """The token that follows what a cache holds: a hash of all of it, about one in 40 being EOS."""
+    value = _hash(held)
     return EOS if value % 40 == 0 else 3 + value % 256
+
+
+def is_stuck(held: Sequence[int]) -> bool:
+    """Whether a constraint allows nothing more there: once in about eleven tokens."""
+    return _hash(held) % 11 == 0
 
 
 def model_info(n_slots: int, n_ctx_slot: int) -> ModelInfo:
@@ -75,9 +92,11 @@ class ScriptedRunner:
         self.n_ctx = n_ctx or n_slots * n_ctx_slot
         self.n_batch = self.n_ubatch = n_batch
         self.can_rollback = True
-        self.has_sampler: set[int] = set()
+        self.samplers: dict[int, SamplerStart] = {}
         self.fail_at: set[int] = set()
         self.n_steps = 0
+        self.n_computed = 0
+        """Tokens in all batches."""
         self.is_closed = False
         self.parts = ScriptedParts()
         self.embedded: list[int] = []
@@ -93,26 +112,37 @@ class ScriptedRunner:
             else:
                 assert isinstance(op, KvShift)
                 assert op.start + op.delta >= 0
-        self.has_sampler |= {start.slot_id for start in batch.samplers}
+        self.samplers |= {start.slot_id: start for start in batch.samplers}
         assert 0 <= batch.n_tokens <= self.n_batch
-        samples = {}
+        self.n_computed += batch.n_tokens
+        wanted = []
         for chunk in batch.chunks:
             cache = self.cache[chunk.slot_id]
             assert len(chunk.tokens) > 0
             assert chunk.position == len(cache), "positions must follow what the cache holds"
-            cache.extend(chunk.tokens)
+            cache.extend(entries(chunk.tokens, batch.lora))
             assert len(cache) <= self.info.n_ctx_slot
-            if chunk.wants_sample:
-                assert chunk.slot_id in self.has_sampler
-                samples[chunk.slot_id] = next_token(cache)
+            wanted += [chunk.slot_id] * chunk.wants_sample
         for fork in batch.forks:
             assert not self.cache[fork.target], "a fork goes into an empty slot"
             self.cache[fork.target] = list(self.cache[fork.source])
-            if fork.source in samples:
-                assert fork.target in self.has_sampler
-                samples[fork.target] = samples[fork.source]
+            wanted += [fork.target] * (fork.source in wanted)
         assert sum(map(len, self.cache)) <= self.n_ctx
-        return Samples(samples)
+        return self._sample(wanted)
+
+    def _sample(self, slots: list[int]) -> Samples:
+        stuck = {slot for slot in slots if self.samplers[slot].constraint and is_stuck(self.cache[slot])}
+        tokens = {slot: -1 if slot in stuck else self.choose(slot) for slot in slots}
+        probs = {
+            slot: TokenProb(token, -0.5, tuple((token, -0.5) for _ in range(self.samplers[slot].n_probs)))
+            for slot, token in tokens.items()
+            if self.samplers[slot].n_probs and slot not in stuck
+        }
+        return Samples(tokens, probs, frozenset(stuck))
+
+    def choose(self, slot_id: int) -> int:
+        """The token a slot gets; what tests replace."""
+        return next_token(self.cache[slot_id])
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
         assert sum(map(len, inputs)) <= N_EMBED
@@ -124,27 +154,35 @@ class ScriptedRunner:
 
     def restore_slot(self, slot_id: int, state: bytes) -> bool:
         self.cache[slot_id] = []
-        if len(state) % 4:
+        if len(state) % 4 or sum(map(len, self.cache)) + len(state) // 4 > self.n_ctx:
             return False
         self.cache[slot_id] = list(array("i", state))
         return True
 
     def reset(self) -> None:
         self.cache = [[] for _ in self.cache]
-        self.has_sampler.clear()
+        self.samplers.clear()
 
     def close(self) -> None:
         self.is_closed = True
 
 
-def solo_output(prompt: Sequence[int], n_predict: int, n_ctx_slot: int) -> list[int]:
-    """What a job alone on the machine generates, without context shift."""
-    tokens = list(prompt)
+def solo_output(
+    prompt: Sequence[int],
+    n_predict: int,
+    n_ctx_slot: int,
+    lora: tuple[float, ...] = (),
+    is_bound: bool = False,
+) -> list[int]:
+    """What a job alone on the machine generates, without context shift; `is_bound` by a constraint."""
+    held = entries(prompt, lora)
     output: list[int] = []
     while n_predict < 0 or len(output) < n_predict:
-        token = next_token(tokens)
+        if is_bound and is_stuck(held):
+            break
+        token = next_token(held)
         output.append(token)
-        tokens.append(token)
-        if token == EOS or len(tokens) >= n_ctx_slot:
+        held += entries([token], lora)
+        if token == EOS or len(held) >= n_ctx_slot:
             break
     return output

@@ -8,6 +8,7 @@ Tokenising and the like run in a small executor of the engine, which ends before
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import time
@@ -199,12 +200,14 @@ class Engine:
         return answer.vectors
 
     async def change_slot(self, job: SlotJob) -> SlotChanged:
-        """Save, restore or erase a slot once it is idle. Raises EngineFailure, InvalidRequest for a state
+        """Save, restore or erase a slot once it is idle; what is restored counts as computed with the default
+        adapter scales. Raises EngineFailure, InvalidRequest for a state
         that does not fit, NotSupported, Overloaded or Unavailable."""
         if not self.info.can_generate:
             raise NotSupported("this model has no slots to save; it only embeds")
         if len(self._answers) > self._context.max_queue + self.info.n_slots:
             raise Overloaded("too many requests wait for slots (--max-queue)", 1)
+        job = dataclasses.replace(job, lora=self.lora_scales)
         answer = await self._ask(job.id, ChangeSlot(job))
         assert isinstance(answer, SlotChanged)
         return answer

@@ -129,15 +129,18 @@ class Scheduler:
             self._events.append(Failed(job_id, kind, message))
 
     def fail_batch(self, batch: Batch, message: str) -> None:
-        """A batch could not be computed and the cache was rebuilt empty: its jobs fail; prompts that
-        were not in it begin again."""
+        """A batch could not be computed and the cache was rebuilt empty: its jobs fail, as does whatever
+        generates; prompts that were not in it begin again."""
         for chunk in batch.chunks:
             self.fail(chunk.job_id, FailureKind.ENGINE, message)
         self._kv.clear()
         for slot in self._pool.slots:
             slot.tokens.clear()
-            if slot.sequence is not None:
-                slot.sequence.n_processed = slot.sequence.n_cached = 0
+            sequence = slot.sequence
+            if sequence is not None and sequence.output:  # it waited for its adapters' turn
+                self.fail(sequence.job.id, FailureKind.ENGINE, message)
+            elif sequence is not None:
+                sequence.n_processed = sequence.n_cached = 0
 
     def end_all(self) -> None:
         """Finish what generates with what it has; fail what has generated nothing yet."""
@@ -194,9 +197,10 @@ class Scheduler:
 
     def next_slot_job(self) -> SlotJob | None:
         """The first change whose slot is idle and as the cache is; the caller does it and reports."""
-        if self._kv:
-            return None
-        return next((job for job in self._slot_jobs if self._pool.slots[job.slot_id].is_idle), None)
+        job = next((job for job in self._slot_jobs if self._pool.slots[job.slot_id].is_idle), None)
+        if job is not None and job.move is SlotMove.RESTORE:
+            self._make_room(len(job.tokens) - len(self._pool.slots[job.slot_id].tokens))
+        return None if self._kv else job
 
     def held_tokens(self, slot_id: int) -> tuple[int, ...]:
         """The tokens whose cache a slot holds."""
@@ -211,6 +215,7 @@ class Scheduler:
         elif job.move is SlotMove.RESTORE:
             tokens = job.tokens
             slot.tokens[:] = tokens
+            slot.lora = job.lora
         self._drop_slot_job(job)
         self._events.append(SlotChanged(job.id, tokens, state))
 
@@ -255,7 +260,7 @@ class Scheduler:
             if slots is not None:
                 for member, slot in zip((sequence, *sequence.forks), slots, strict=True):
                     self._place(member, slot, now)
-            elif job.id_slot < 0:
+            elif job.id_slot < 0 or self._pool.slots[job.id_slot].is_idle:  # its forks wait for slots
                 break
 
     def _place(self, sequence: Sequence, slot: Slot, now: float) -> None:
@@ -332,9 +337,11 @@ class Scheduler:
             if budget <= 0:
                 break
             slot = self._pool.slots[sequence.slot_id]
-            n_reserved += sequence.n_prompt_left + len(sequence.forks) * len(sequence.job.prompt)
+            n_wanted = sequence.n_prompt_left + len(sequence.forks) * len(sequence.job.prompt)
+            n_reserved += n_wanted
             if not self._make_room(n_reserved):
-                if not chunks:
+                if not chunks and not self._is_generating():
+                    n_reserved -= n_wanted
                     self.fail(sequence.job.id, FailureKind.ENGINE, "the shared context is full")
                 continue
             n_tokens = min(budget, sequence.n_prompt_left)
@@ -351,6 +358,10 @@ class Scheduler:
                 if wants_sample:
                     samplers += map(_sampler_start, group)
         return tuple(samplers), tuple(forks)
+
+    def _is_generating(self) -> bool:
+        """Whether anybody will end by itself and give room."""
+        return any(slot.sequence is not None and slot.sequence.output for slot in self._pool.slots)
 
     def _plan_forks(self, leader: Sequence, slot: Slot) -> list[Fork]:
         """Copies of a prompt that is complete after this step; the sequences go their own ways then."""

@@ -1,0 +1,95 @@
+"""A scheduler over a scripted runner, driven step by step as the engine thread drives it."""
+
+from __future__ import annotations
+
+from tests.support.runner import ScriptedRunner
+from wingman.config import SamplingParams
+from wingman.engine.runner import Batch, RunnerFailure
+from wingman.engine.scheduler import Scheduler, SchedulerLimits
+from wingman.engine.types import FailureKind, Finished, Job, JobEvent, SlotChanged, SlotJob, SlotMove
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class Machine:
+    """A scheduler with its runner and a clock that ticks a second a step."""
+
+    def __init__(self, n_slots: int = 2, n_ctx_slot: int = 64, n_batch: int = 16, **limits: object) -> None:
+        n_ctx = limits.pop("n_ctx", None)
+        self.runner = ScriptedRunner(n_slots, n_ctx_slot, n_ctx, n_batch)  # type: ignore[arg-type]
+        fields = {
+            "n_slots": n_slots, "n_ctx_slot": n_ctx_slot, "n_ctx_total": self.runner.n_ctx,
+            "n_batch": n_batch, "n_ubatch": n_batch, **limits,
+        }  # fmt: skip
+        self.scheduler = Scheduler(SchedulerLimits(**fields), self.runner.tokenizer)  # type: ignore[arg-type]
+        self.now = 0.0
+        self.events: list[JobEvent] = []
+        self.batches: list[Batch] = []
+
+    def add(self, job_id: int, prompt: list[int], **fields: object) -> Job:
+        job = Job(id=job_id, prompt=tuple(prompt), sampling=GREEDY, **fields)  # type: ignore[arg-type]
+        self.scheduler.add(job, self.now)
+        return job
+
+    def change(self, job_id: int, slot_id: int, move: SlotMove, **fields: object) -> SlotJob:
+        job = SlotJob(job_id, slot_id, move, **fields)  # type: ignore[arg-type]
+        self.scheduler.add_slot_job(job)
+        return job
+
+    def step(self, cancel: int | None = None, fails: bool = False) -> Batch | None:
+        """Change slots, plan, run, perhaps cancel in between, apply."""
+        self.now += 1.0
+        self._change_slots()
+        batch = self.scheduler.plan(self.now)
+        if batch is not None:
+            self.batches.append(batch)
+            if fails:
+                self.runner.fail_at.add(self.runner.n_steps + 1)
+            self._run(batch, cancel)
+        self.collect()
+        return batch
+
+    def collect(self) -> None:
+        """Take what the scheduler has to say."""
+        self.scheduler.check_integrity()
+        self.events += self.scheduler.take_events()
+
+    def _change_slots(self) -> None:
+        while (job := self.scheduler.next_slot_job()) is not None:
+            if job.move is SlotMove.SAVE:
+                self.scheduler.finish_slot_job(job, self.runner.save_slot(job.slot_id))
+            elif job.move is SlotMove.RESTORE and not self.runner.restore_slot(job.slot_id, job.state):
+                self.scheduler.refuse_slot_job(job, FailureKind.INVALID, "damaged")
+            else:
+                self.scheduler.finish_slot_job(job)
+
+    def _run(self, batch: Batch, cancel: int | None) -> None:
+        try:
+            samples = self.runner.run(batch)
+        except RunnerFailure as error:
+            self.scheduler.fail_batch(batch, str(error))
+            self.runner.reset()
+            return
+        if cancel is not None:
+            self.scheduler.cancel(cancel)
+        self.scheduler.apply(batch, samples, self.now + 0.5)
+
+    def run(self) -> None:
+        for _ in range(1000):
+            if self.scheduler.is_idle:
+                return
+            self.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+    def finished(self, job_id: int) -> Finished:
+        (event,) = (e for e in self.events if isinstance(e, Finished) and e.job_id == job_id)
+        return event
+
+    def changed(self, job_id: int) -> SlotChanged:
+        (event,) = (e for e in self.events if isinstance(e, SlotChanged) and e.job_id == job_id)
+        return event
+
+    def n_evaluated(self, job_id: int, n_prompt: int) -> int:
+        """Prompt tokens that were computed for a job."""
+        chunks = [chunk for batch in self.batches for chunk in batch.chunks if chunk.job_id == job_id]
+        return sum(len(chunk.tokens) for chunk in chunks if chunk.position < n_prompt)
