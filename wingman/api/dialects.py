@@ -28,7 +28,7 @@ from wingman.api.streams import event_stream
 from wingman.api.turns import AnswerReader, Turn, finish_reason
 from wingman.chat.output import ArgumentsDelta, ContentDelta, Delta, ReasoningDelta, ToolCallStart
 from wingman.engine.stream import JobStream
-from wingman.engine.types import Finished, JobEvent, Progress, TextDelta, TokenProb
+from wingman.engine.types import Finished, JobEvent, Progress, StopType, TextDelta, TokenProb
 from wingman.errors import InvalidRequest
 from wingman.http.messages import Answer, Response
 
@@ -272,6 +272,8 @@ async def reply(writer: PartWriter) -> Answer:
     async with stream:
         [finished] = await stream.results()
     probs = shown_probs(finished, turn.jobs[0], turn.served.engine.tokenizer)
+    if finished.stop_type is StopType.EOS:
+        probs = probs[:-1]  # of the end itself, which no delta of a stream shows
     writer.take(TextDelta(finished.job_id, finished.text, finished.tokens, len(finished.tokens), probs=probs))
     writer.take(finished)
     return Response(200, orjson.dumps(writer.body()))
