@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from wingman.config import SamplingParams
 from wingman.engine.runner import Batch, KvRemove, KvShift, RunnerFailure, SamplerStart, Samples
@@ -144,10 +144,12 @@ class ScriptedRunner:
         """The token a slot gets; what tests replace."""
         return next_token(self.cache[slot_id])
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
+    def embed(self, inputs: Sequence[Sequence[int]]) -> Iterator[list[bytes]]:
         assert sum(map(len, inputs)) <= N_EMBED
         self.embedded.append(len(inputs))
-        return [struct.pack("<f", sum(tokens)) for tokens in inputs]
+        for _ in range(sum(map(len, inputs)) // 8):
+            yield []
+        yield [struct.pack("<f", sum(tokens)) for tokens in inputs]
 
     def save_slot(self, slot_id: int) -> bytes:
         return array("i", self.cache[slot_id]).tobytes()

@@ -7,7 +7,7 @@ script a Runner, `wingman.engine.llama` is the real one. All on the engine threa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -165,8 +165,9 @@ class Runner(Protocol):
     def run(self, batch: Batch) -> Samples:
         """Compute a batch. Raises RunnerFailure."""
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
-        """Vectors of inputs that fit one batch, as float32 bytes. Raises RunnerFailure."""
+    def embed(self, inputs: Sequence[Sequence[int]]) -> Iterator[list[bytes]]:
+        """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces: [] after each but the
+        last. Raises RunnerFailure."""
 
     def save_slot(self, slot_id: int) -> bytes:
         """The serialised cache of a slot."""

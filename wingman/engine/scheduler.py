@@ -331,7 +331,8 @@ class Scheduler:
         samplers: list[SamplerStart] = []
         forks: list[Fork] = []
         budget = self._prefill_budget(len(chunks))
-        n_reserved = len(chunks) * UNIFIED_RESERVE_TOKENS
+        n_generating = self._n_generating()
+        n_reserved = n_generating * UNIFIED_RESERVE_TOKENS
         due = [sequence for sequence in self._jobs.values() if self._is_due(sequence, JobState.PREFILL)]
         for sequence in due:  # in order of arrival
             if budget <= 0:
@@ -340,7 +341,7 @@ class Scheduler:
             n_wanted = sequence.n_prompt_left + len(sequence.forks) * len(sequence.job.prompt)
             n_reserved += n_wanted
             if not self._make_room(n_reserved):
-                if not chunks and not self._is_generating():
+                if not chunks and not n_generating:
                     n_reserved -= n_wanted
                     self.fail(sequence.job.id, FailureKind.ENGINE, "the shared context is full")
                 continue
@@ -359,9 +360,9 @@ class Scheduler:
                     samplers += map(_sampler_start, group)
         return tuple(samplers), tuple(forks)
 
-    def _is_generating(self) -> bool:
-        """Whether anybody will end by itself and give room."""
-        return any(slot.sequence is not None and slot.sequence.output for slot in self._pool.slots)
+    def _n_generating(self) -> int:
+        """Sequences that will end by themselves and give room, whosever turn it is."""
+        return sum(slot.sequence is not None and bool(slot.sequence.output) for slot in self._pool.slots)
 
     def _plan_forks(self, leader: Sequence, slot: Slot) -> list[Fork]:
         """Copies of a prompt that is complete after this step; the sequences go their own ways then."""

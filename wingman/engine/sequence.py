@@ -81,7 +81,7 @@ class Sequence:
         shifts.
         """
         job = self.job
-        if prob is not None:
+        if prob is not None and not job.stream:
             self.probs.append(prob)
         self.output.append(token)
         self.next_token = token

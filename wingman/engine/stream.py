@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
+from typing import Final
 
 from wingman.engine.types import Failed, FailureKind, Finished, Job, JobEvent, Started, TextDelta
 from wingman.errors import EngineFailure, InvalidRequest, SlowReader, Unavailable, WingmanError
+
+_ALTERNATIVE_BYTES: Final = 8
+"""What an unread alternative of a token counts: its id and its value."""
 
 
 class JobStream:
     """The events of jobs that were submitted together. Leaving the `async with` block cancels them.
 
     Unread deltas of a job are merged, so the backlog is one event a job; past `max_unread` bytes of
-    text the jobs are cancelled and the reader gets SlowReader.
+    text and probabilities the jobs are cancelled and the reader gets SlowReader.
     """
 
     def __init__(self, jobs: tuple[Job, ...], max_unread: int, forget: Callable[[int], None]) -> None:
@@ -53,7 +57,7 @@ class JobStream:
             previous = self._pending[place]
             assert isinstance(previous, TextDelta)
             self._pending[place] = _merge(previous, event)
-        self._n_unread += len(event.text)
+        self._n_unread += len(event.text) + sum(_ALTERNATIVE_BYTES * len(prob.top) for prob in event.probs)
         if self._n_unread > self._max_unread:
             self._overrun()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -50,6 +50,7 @@ SNAPSHOT_INTERVAL_S = 0.05
 """Least time between two snapshots while nothing starts or ends."""
 STALL_WAIT_S = 0.02
 """How long to wait for a command when jobs exist but nothing can be computed."""
+_DONE = object()
 _FAILED_STEP = "the model runtime failed on this request"
 
 
@@ -132,6 +133,7 @@ class EngineThread:
         embeddings = EmbeddingQueue(runner.info.embedding.n_max, MAX_EMBED_INPUTS, scheduler.max_step_s)
         self._publish(scheduler, self._clock())
         self._post(Loaded(runner.info, runner.tokenizer, runner.parts))
+        work: Iterator[None] = iter(())
         while self._drain(scheduler, embeddings, wait=scheduler.is_idle and embeddings.is_idle):
             self._change_slots(runner, scheduler)
             batch = scheduler.plan(self._clock())
@@ -144,8 +146,12 @@ class EngineThread:
             elif not scheduler.is_idle and embeddings.is_idle:
                 time.sleep(STALL_WAIT_S)
             self._flush(scheduler, embeddings)
-            if self._embed(runner, embeddings, is_alone=scheduler.is_idle):
-                self._flush(scheduler, embeddings)
+            if embeddings.is_idle:
+                work = iter(())  # whoever wanted it has gone
+                continue
+            if next(work, _DONE) is _DONE:
+                work = self._embed(runner, embeddings, is_alone=scheduler.is_idle)
+            self._flush(scheduler, embeddings)
 
     def _drain(self, scheduler: Scheduler, embeddings: EmbeddingQueue, *, wait: bool) -> bool:
         """Obey everything in the inbox; False once told to shut down."""
@@ -188,21 +194,28 @@ class EngineThread:
         runner.reset()
         return None
 
-    def _embed(self, runner: Runner, embeddings: EmbeddingQueue, *, is_alone: bool) -> bool:
-        """Run one batch of embeddings; False when none waits."""
+    def _embed(self, runner: Runner, embeddings: EmbeddingQueue, *, is_alone: bool) -> Iterator[None]:
+        """Run one batch of embeddings, a piece at each `next`."""
         batch = embeddings.plan(is_alone=is_alone)
         if not batch:
-            return False
-        started = self.step_started_at = self._clock()
+            return
+        elapsed = 0.0
         try:
-            vectors = runner.embed([item.tokens for item in batch])
-            embeddings.apply(batch, vectors, self._clock() - started)
+            pieces = runner.embed([item.tokens for item in batch])
+            vectors: list[bytes] = []
+            while not vectors:
+                started = self.step_started_at = self._clock()
+                vectors = next(pieces)
+                self.step_started_at = None
+                elapsed += self._clock() - started
+                if not vectors:
+                    yield
+            embeddings.apply(batch, vectors, elapsed)
         except Exception as error:
             log.error("embedding failed: %s", error, exc_info=not isinstance(error, RunnerFailure))
             embeddings.fail(batch, _FAILED_STEP)
         finally:
             self.step_started_at = None
-        return True
 
     def _change_slots(self, runner: Runner, scheduler: Scheduler) -> None:
         """Save, restore and erase what is idle."""

@@ -238,6 +238,7 @@ class Finished:
     has_new_line: bool
     timings: Timings
     probs: tuple[TokenProb, ...] = ()
+    """Those of all tokens; none when they were streamed."""
     is_fork: bool = False
     """Whether its prompt was evaluated for another job."""
 

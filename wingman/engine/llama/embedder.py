@@ -1,15 +1,21 @@
 """The second context of a model: token ids -> vectors, beside generation and over the same weights.
 
-Made when the first input arrives, on the engine thread. Each input is a sequence of its own and is
-computed in one piece, because pooling sees only what is computed together; that is why the
-context's batch is as long as the longest input it takes.
+Made when the first input arrives, on the engine thread. Each input is a sequence of its own.
+
+Encoders pool in the library, which sees only what is computed together, so an input is one piece.
+Models that generate would keep room for the logits of every token of a piece (800 MB for 4 096
+tokens of a small vocabulary); for them the pieces are short and the pooling is done here.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from wingman.config import ContextConfig
 from wingman.engine.llama import binding
@@ -19,7 +25,18 @@ from wingman.engine.llama.model import LlamaModel
 from wingman.engine.runner import MAX_EMBED_INPUTS, RunnerFailure
 from wingman.engine.types import EmbeddingInfo, PoolingType
 
-_FLOAT_BYTES: Final = 4
+PIECE_TOKENS: Final = 256
+"""Tokens computed at once when the pooling is done here."""
+Matrix = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens of input `index` from `position` on."""
+
+    index: int
+    position: int
+    tokens: Sequence[int]
 
 
 def describe_embedding(model: LlamaModel, config: ContextConfig) -> EmbeddingInfo:
@@ -51,46 +68,98 @@ class Embedder:
         """Allocate it with the parameters `base` changed for embeddings. Raises RunnerFailure when it does
         not fit."""
         self._info = info
-        base.n_ctx = base.n_batch = base.n_ubatch = info.n_max
+        is_cut = model.can_generate and info.pooling is not PoolingType.RANK
+        self._pools_there = not is_cut and info.pooling is not PoolingType.NONE
+        self._n_piece = min(info.n_max, PIECE_TOKENS) if is_cut else info.n_max
+        base.n_ctx = base.n_batch = info.n_max
+        base.n_ubatch = self._n_piece
         base.n_seq_max = MAX_EMBED_INPUTS
         base.kv_unified = True
         base.embeddings = True
-        base.pooling_type = info.pooling.value
+        base.pooling_type = info.pooling.value if self._pools_there else PoolingType.NONE.value
         self._handle: Any = lib.llama_init_from_model(model.handle, base)
         if not self._handle:
             raise RunnerFailure(f"no memory for embeddings: {binding.take_errors()}")
         self._memory: Any = lib.llama_get_memory(self._handle)
-        self._batch = TokenBatch(info.n_max)
+        self._batch = TokenBatch(self._n_piece)
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
+    def embed(self, inputs: Sequence[Sequence[int]]) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit the context together, as float32 bytes; one vector per token when
-        nothing is pooled. Raises RunnerFailure."""
-        self._batch.clear()
-        ends = [self._batch.add(tokens, 0, index, wants_all=True) + 1 for index, tokens in enumerate(inputs)]
+        nothing is pooled. Computed in pieces, [] after each but the last. Raises RunnerFailure."""
         if self._memory:
             lib.llama_memory_clear(self._memory, False)
+        rows: list[list[Matrix]] = [[] for _ in inputs]
+        n_left = sum(map(len, inputs))
+        for piece in _pieces(inputs, self._n_piece):
+            self._decode(piece)
+            n_left -= sum(len(part.tokens) for part in piece)
+            if self._pools_there:
+                found = (lib.llama_get_embeddings_seq(self._handle, part.index) for part in piece)
+                yield [self._read(vector).tobytes() for vector in found]
+                return
+            self._keep_rows(piece, rows)
+            if n_left:
+                yield []
+        pooling = self._info.pooling
+        yield [_pool(np.concatenate(parts), pooling).tobytes() for parts in rows]
+
+    def _keep_rows(self, piece: Sequence[Part], rows: list[list[Matrix]]) -> None:
+        """Copy the vectors of a piece's tokens to those of their inputs."""
+        outputs = self._output_rows(sum(len(part.tokens) for part in piece))
+        start = 0
+        for part in piece:
+            rows[part.index].append(outputs[start : start + len(part.tokens)].copy())
+            start += len(part.tokens)
+
+    def _decode(self, parts: Sequence[Part]) -> None:
+        self._batch.clear()
+        for part in parts:
+            self._batch.add(part.tokens, part.position, part.index, wants_all=True)
         code = lib.llama_decode(self._handle, self._batch.native())
         if code:
             raise RunnerFailure(f"llama_decode returned {code}: {binding.take_errors()}")
-        if self._info.pooling is not PoolingType.NONE:
-            return [
-                self._read(lib.llama_get_embeddings_seq(self._handle, index)) for index in range(len(inputs))
-            ]
-        starts = [0, *ends[:-1]]
-        return [
-            b"".join(
-                self._read(lib.llama_get_embeddings_ith(self._handle, index)) for index in range(start, end)
-            )
-            for start, end in zip(starts, ends, strict=True)
-        ]
 
-    def _read(self, vector: Any) -> bytes:
+    def _output_rows(self, n_rows: int) -> Matrix:
+        """The vectors of the last piece's tokens; overwritten by the next."""
+        return self._read(lib.llama_get_embeddings(self._handle), n_rows)
+
+    def _read(self, vector: Any, n_rows: int = 1) -> Matrix:
         if not vector:
             raise RunnerFailure("the model gave no embedding")
-        return ctypes.string_at(vector, self._info.n_dims * _FLOAT_BYTES)
+        address = ctypes.addressof(vector.contents)
+        row: Any = (ctypes.c_float * (n_rows * self._info.n_dims)).from_address(address)
+        return np.frombuffer(row, np.float32).reshape(n_rows, self._info.n_dims)
 
     def close(self) -> None:
         """Free the context."""
         if self._handle:
             lib.llama_free(self._handle)
             self._handle = None
+
+
+def _pieces(inputs: Sequence[Sequence[int]], n_most: int) -> Iterator[list[Part]]:
+    """All inputs in order, cut into pieces of at most `n_most` tokens."""
+    piece: list[Part] = []
+    room = n_most
+    for index, tokens in enumerate(inputs):
+        position = 0
+        while position < len(tokens):
+            taken = tokens[position : position + room]
+            piece.append(Part(index, position, taken))
+            position += len(taken)
+            room -= len(taken)
+            if not room:
+                yield piece
+                piece, room = [], n_most
+    if piece:
+        yield piece
+
+
+def _pool(rows: Matrix, pooling: PoolingType) -> Matrix:
+    """The vector of an input, shape (1, n_dims); all rows when nothing is pooled (build_pooling)."""
+    if pooling is PoolingType.MEAN:
+        mean: Matrix = rows.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+        return mean
+    if pooling is PoolingType.CLS:
+        return rows[:1]
+    return rows[-1:] if pooling is PoolingType.LAST else rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.llama import binding
@@ -101,8 +101,9 @@ class LlamaRunner:
             self.info.n_ctx_slot,
         )
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
-        """Vectors of inputs that fit one batch, as float32 bytes. Raises RunnerFailure."""
+    def embed(self, inputs: Sequence[Sequence[int]]) -> Iterator[list[bytes]]:
+        """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces: [] after each but the
+        last. Raises RunnerFailure."""
         return self._open_embedder().embed(inputs)
 
     def _open_embedder(self) -> Embedder:

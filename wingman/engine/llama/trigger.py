@@ -28,7 +28,7 @@ class Trigger:
         window = self._recent + self._tokenizer.piece(token, special=True)
         starts = [at for word in self._words if (at := window.find(word)) >= 0]
         if not starts:
-            self._recent = window[len(window) - self._n_kept :] if self._n_kept else b""
+            self._recent = window[max(len(window) - self._n_kept, 0) :]
             return None
         tail = window[min(starts) :]
         tokens = self._tokenizer.tokenize(tail.decode("utf-8", "replace"), False, True)
