@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import struct
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,8 +16,16 @@ from tests.support.runner import ScriptedRunner, solo_output
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.client import Engine
 from wingman.engine.runner import Samples
-from wingman.engine.types import Finished, Job, TextDelta
-from wingman.errors import ContextOverflow, InvalidRequest, Overloaded, SlowReader, Unavailable
+from wingman.engine.types import Finished, Job, SlotJob, SlotMove, TextDelta
+from wingman.errors import (
+    ContextOverflow,
+    EngineFailure,
+    InvalidRequest,
+    NotSupported,
+    Overloaded,
+    SlowReader,
+    Unavailable,
+)
 
 CONTEXT = ContextConfig(parallel=2, max_queue=2, max_queue_tokens=40)
 
@@ -134,3 +144,160 @@ class Endless(ScriptedRunner):
         time.sleep(0.001)  # as a real step would, so that the loop gets its turn
         samples = super().run(batch)
         return Samples({slot: max(token, 3) for slot, token in samples.tokens.items()})
+
+
+class Gated(ScriptedRunner):
+    """Waits within each batch of embeddings until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
+        assert self.gate.wait(30)
+        return super().embed(inputs)
+
+
+@pytest.fixture
+async def gated() -> AsyncIterator[tuple[Engine, Gated]]:
+    runner = Gated()
+    engine = Engine(ModelConfig(), CONTEXT, lambda *_: runner)
+    await engine.load()
+    yield engine, runner
+    runner.gate.set()
+    await engine.close()
+
+
+def value(data: bytes) -> float:
+    return float(struct.unpack("<f", data)[0])
+
+
+async def test_requests_for_embeddings_share_batches_and_keep_apart(gated: tuple[Engine, Gated]) -> None:
+    engine, runner = gated
+    requests = [((1, 2), (3,)), ((4, 5, 6),), ((7,), (8,), (9,))]
+    tasks = [asyncio.create_task(engine.embed(inputs)) for inputs in requests]
+    await asyncio.sleep(0)
+    runner.gate.set()
+    for task, inputs in zip(tasks, requests, strict=True):
+        assert [value(vector) for vector in await task] == [float(sum(one)) for one in inputs]
+    assert sum(runner.embedded) == 6
+
+
+async def test_leaving_while_embeddings_wait_frees_their_place(gated: tuple[Engine, Gated]) -> None:
+    engine, runner = gated
+    tasks = [asyncio.create_task(engine.embed(((token,),))) for token in (1, 2, 3)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="--max-queue"):
+        await engine.embed(((4,),))
+    tasks[1].cancel()
+    await asyncio.wait(tasks[1:2])
+    last = asyncio.create_task(engine.embed(((5,),)))
+    await asyncio.sleep(0)
+    runner.gate.set()
+    assert [value(vector) for task in (tasks[0], tasks[2], last) for vector in await task] == [1, 3, 5]
+
+
+async def test_a_failed_batch_of_embeddings_is_an_error(gated: tuple[Engine, Gated]) -> None:
+    engine, runner = gated
+    runner.gate.set()
+    with pytest.raises(EngineFailure):
+        await engine.embed(((1,) * 33,))  # the scripted runner takes 32
+    assert [value(vector) for vector in await engine.embed(((2,),))] == [2]
+
+
+async def test_draining_ends_embeddings_that_wait(gated: tuple[Engine, Gated]) -> None:
+    engine, runner = gated
+    first = asyncio.create_task(engine.embed(((1,),)))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(engine.embed(((2,),)))
+    await asyncio.sleep(0)
+    drain = asyncio.create_task(engine.drain(0))
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable):
+        await engine.embed(((3,),))
+    runner.gate.set()
+    results = await asyncio.gather(first, second, return_exceptions=True)
+    assert all(isinstance(result, tuple | Unavailable) for result in results)
+    await drain
+
+
+def change(engine: Engine, move: SlotMove, slot_id: int = 0, **fields: Any) -> SlotJob:
+    return SlotJob(engine.new_job_id(), slot_id, move, **fields)
+
+
+async def test_a_slot_is_saved_erased_and_restored(engine: Engine) -> None:
+    prompt = [1, 40, 41, 42]
+    async with engine.submit(job(engine, prompt, n_predict=2, id_slot=0)) as stream:
+        (done,) = await stream.results()
+    saved = await engine.change_slot(change(engine, SlotMove.SAVE))
+    assert saved.tokens == (*prompt, *done.tokens[:-1])
+    erased = await engine.change_slot(change(engine, SlotMove.ERASE))
+    assert erased.tokens == saved.tokens
+    assert (await engine.change_slot(change(engine, SlotMove.SAVE))).tokens == ()
+    await engine.change_slot(change(engine, SlotMove.RESTORE, 1, tokens=saved.tokens, state=saved.state))
+    async with engine.submit(job(engine, [*saved.tokens, 9], n_predict=1)) as stream:
+        (again,) = await stream.results()
+    assert (again.slot_id, again.timings.cache_n) == (1, len(saved.tokens))
+
+
+async def test_a_state_that_does_not_fit_is_an_invalid_request(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="the slot is empty now"):
+        await engine.change_slot(change(engine, SlotMove.RESTORE, tokens=(1,), state=b"odd"))
+    async with engine.submit(job(engine, [1, 7], n_predict=1)) as stream:
+        assert len(await stream.results()) == 1
+
+
+async def test_leaving_while_a_change_waits_lets_others_in() -> None:
+    engine = Engine(ModelConfig(), dataclasses.replace(CONTEXT, parallel=1), lambda *_: Endless())
+    await engine.load()
+    async with engine.submit(job(engine, [1, 4, 4, 4], stream=True)) as running:
+        await anext(running.steps())
+        waiting = asyncio.create_task(engine.change_slot(change(engine, SlotMove.ERASE)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    async with engine.submit(job(engine, [1, 5], n_predict=1)) as after:
+        assert len(await after.results()) == 1
+    await engine.close()
+
+
+async def test_changes_that_wait_are_bounded_and_end_with_the_engine() -> None:
+    context = dataclasses.replace(CONTEXT, parallel=1, max_queue=1)
+    engine = Engine(ModelConfig(), context, lambda *_: Endless())
+    await engine.load()
+    running = engine.submit(job(engine, [1, 4, 4, 4], stream=True))
+    await anext(running.steps())
+    waiting = [asyncio.create_task(engine.change_slot(change(engine, SlotMove.ERASE))) for _ in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await engine.change_slot(change(engine, SlotMove.ERASE))
+    await engine.close()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [Unavailable] * 3
+    with pytest.raises(Unavailable):
+        await engine.change_slot(change(engine, SlotMove.ERASE))
+    with pytest.raises(Unavailable):
+        await running.results()
+
+
+async def test_a_model_that_only_embeds_has_no_slots_and_no_jobs() -> None:
+    runner = ScriptedRunner()
+    runner.info = dataclasses.replace(runner.info, can_generate=False)
+    engine = Engine(ModelConfig(), CONTEXT, lambda *_: runner)
+    await engine.load()
+    with pytest.raises(NotSupported):
+        engine.submit(job(engine, [1]))
+    with pytest.raises(NotSupported):
+        await engine.change_slot(change(engine, SlotMove.SAVE))
+    await engine.close()
+
+
+async def test_more_answers_than_can_ever_wait_are_refused(engine: Engine) -> None:
+    first = job(engine, [1, 5])
+    forks = [dataclasses.replace(first, id=engine.new_job_id(), fork_of=first.id) for _ in range(4)]
+    with pytest.raises(InvalidRequest, match="--max-queue"):
+        engine.submit(first, *forks)
+    async with engine.submit(*(dataclasses.replace(one, n_predict=3) for one in (first, forks[0]))) as stream:
+        results = await stream.results()
+    assert [list(result.tokens) for result in results] == [solo_output([1, 5], 3, 64)] * 2
+    assert [result.is_fork for result in results] == [False, True]
