@@ -67,6 +67,7 @@ CHAT_FIELDS: Final[dict[str, dict[str, Any]]] = {
         "add_generation_prompt": True,
         "continue_final_message": True,
     },
+    "continue, with the default prompt": {"messages": [_USER, _ASSISTANT], "continue_final_message": True},
     "n: more than slots": {"messages": [_USER], "n": 2},
     "too long": {"messages": [{"role": "user", "content": "word " * 2100}]},
 }

@@ -18,6 +18,9 @@ TEXTS: Final = (
 )
 
 
+_COUNT: Final = "/v1/chat/completions/input_tokens"
+
+
 def tokens() -> Iterator[Case]:
     """Tokenizing and its reverse."""
     for content in TEXTS:
@@ -35,17 +38,14 @@ def tokens() -> Iterator[Case]:
 def templates() -> Iterator[Case]:
     """Rendered conversations and their token counts."""
     unprompted = {"add_generation_prompt": False}
-    forms = {
-        "prompted": {},
-        "unprompted": unprompted,
-        "continued": unprompted | {"continue_final_message": True},
-    }
     for name, messages in CHATS.items():
+        forms: dict[str, JSON] = {"prompted": {}, "unprompted": unprompted}
+        if name == "prefill":  # llama-server continues a user's message as if the assistant had said it
+            forms["continued"] = unprompted | {"continue_final_message": True}
         for how, fields in forms.items():
             body: JSON = {"messages": messages} | fields
             yield Case("templates", f"{name}, {how}", "/apply-template", body, parts("prompt"))
-            path = "/v1/chat/completions/input_tokens"
-            yield Case("templates", f"{name}, {how}, count", path, body, parts("input_tokens", "object"))
+            yield Case("templates", f"{name}, {how}, count", _COUNT, body, parts("input_tokens"))
 
 
 def slots() -> Iterator[Case]:
@@ -88,6 +88,7 @@ def keys() -> Iterator[Case]:
         "/v1/completions": native,
         "/v1/chat/completions": said | messages | {"logprobs": True},
         "/apply-template": messages,
+        _COUNT: messages,
         "/tokenize": {"content": "Hi", "with_pieces": True},
         "/detokenize": {"tokens": [5]},
     }

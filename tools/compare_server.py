@@ -77,6 +77,10 @@ SETUPS: Final = (
 _CLIENT: Final = "the client's mistake: 400, where llama-server says 500 and SDKs try again"
 _RANKS: Final = "a model that only ranks: 501, permanent"
 ACCEPTED: Final = {
+    "plain/empty/*": "a prompt without any token; llama-server answers with nothing",
+    "probabilities/more than the vocabulary/*": "--max-probs bounds the alternatives",
+    "probabilities/broken characters/completion_probabilities": "each token has its item; llama-server loses those "
+    "that end within a character",
     "slots/nothing to predict/content": "n_predict 0 predicts nothing; llama-server one token",
     "embeddings//embeddings/": "`input` gets OpenAI's object on this path too, as SDKs without /v1 expect",
     "errors/*: no role/*": _CLIENT,
