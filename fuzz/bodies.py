@@ -1,203 +1,261 @@
-"""JSON request bodies from a hostile client.
+"""Requests to every POST route from a hostile client, through the whole application.
 
-Invariant: whatever the bytes, parsing a body, checking its fields, reading its prompt or messages
-and building its job raise nothing but WingmanError; a job that is built holds only numbers within
-their documented ranges, and the answers made from it can be written as JSON.
+The input is a target, a line break and a body; a target that is unknown stands for one that is chosen by the
+bytes. It is sent as it is, and again with a body made for that route's type of body out of the bytes.
+Invariant: the answer is a success or a refusal of the error table, never a 5xx but 501; JSON, or a stream
+of events that ends as it has to; nothing is left running.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import json
 import random
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import zlib
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
+import msgspec
 import orjson
+from msgspec import inspect
 
-from wingman.api.generation import JobMaker, read_prompt, refuse_unsupported, settings_of
-from wingman.api.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerationFields,
-    TokenizeRequest,
-    parse_json,
-)
-from wingman.api.shapes import select_fields
-from wingman.chat.conversation import read_messages, render_prompt, split_prefill
-from wingman.chat.template import CHATML, ChatTemplate, Rendering
-from wingman.config import Config
-from wingman.engine.types import Job, ModelInfo
-from wingman.errors import WingmanError
+from fuzz.application import run, served
+from protocol import SseParser
+from wingman.app import MODEL_ROUTES
 
-_SCALARS = tuple(
-    name.encode()
-    for name in dict.fromkeys(CompletionRequest.__struct_fields__ + ChatRequest.__struct_fields__)
-)
-_STRUCTURED = tuple(b"messages prompt logit_bias stop samplers content tokens response_format".split())
-_OBJECTS = (
-    b"role content",
-    b"role content tool_calls",
-    b"type text",
-    b"type",
-    b"prompt_string multimodal_data",
-    b"1 a",
-)
-_ROLES = (b'"user"', b'"assistant"', b'"developer"', b'""', b"1", b"null")
-_VALUES = (
-    tuple(
-        b"null true false 0 -1 1 2 1.5 0.1 1e308 -1e308 1e-320 2147483648 18446744073709551615 -9223372036854775808 "
-        b"123456789012345678901234567890 [] {} [[]] [{}]".split()
+STATUSES = frozenset({200, 400, 404, 413, 429, 501})
+ERROR_TYPES = {
+    400: ("invalid_request_error", "exceed_context_size_error"),
+    404: ("not_found_error",),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error",),
+    501: ("not_supported_error", "api_error"),
+}
+LAST_TYPES = frozenset({"message_stop", "response.completed", "response.incomplete"})
+"""`type` of the last event where none is [DONE]."""
+
+_BODIES = {path: body for method, paths, _, body, _ in MODEL_ROUTES if method == "POST" for path in paths}
+_ACTIONS = ("save", "restore", "erase", "x")
+TARGETS = tuple(
+    target
+    for path in _BODIES
+    for target in (
+        [f"/slots/{slot}?action={action}" for slot in (0, 9) for action in _ACTIONS]
+        if "{" in path
+        else [path]
     )
-    + tuple(b'"' + text + b'"' for text in b"a \\u0000 \xf0\x9f\x98\x80 text image_url top_k 257".split())
-    + (b'""', b'{"type":"text","text":"a"}', b'{"role":"assistant","content":"a"}')
 )
+_FUNCTION: dict[str, Any] = {"name": "f", "parameters": {"properties": {"s": {"type": "string"}}}}
+_TOOL = {"type": "function", "function": _FUNCTION}
+_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+_TALK = (
+    [{"role": "user", "content": "hi"}],
+    [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+     {"role": "tool", "tool_call_id": "c1", "content": "r"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    [{"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
+     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "r"}]}],
+)  # fmt: skip
+_ITEMS = (
+    [{"role": "user", "content": "a"}, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+     {"type": "function_call_output", "call_id": "c", "output": "r"}],
+    [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}, {"type": "reasoning", "summary": []}],
+)  # fmt: skip
+_SAMPLES: dict[str, tuple[Any, ...]] = {
+    "messages": _TALK,
+    "input": ("a", ["a", "b"], [5, 6], [[5], "a"], *_ITEMS),
+    "prompt": ("a b", ["a", "b"], [5, "a", 6], [[5, 6], "a"], {"prompt_string": "a"}),
+    "content": ("a", ["a", 5], [{"type": "text", "text": "a"}]),
+    "tools": ([_TOOL], [_FUNCTION | {"type": "function"}], [{"name": "f", "input_schema": _SCHEMA}]),
+    "functions": ([_FUNCTION],),
+    "tool_choice": ("auto", "none", "required", {"type": "function", "function": {"name": "f"}}, {"type": "any"}),
+    "function_call": ("auto", {"name": "f"}),
+    "grammar": ('root ::= "a"+', "root ::= [0-9]* x\nx ::= \"y\" | x", "root ::= (", "root ::= root"),
+    "grammar_triggers": ([{"type": 1, "value": "a"}], [{"type": 0, "token": 5}]),
+    "json_schema": (_SCHEMA, {"$ref": "#"}, {"enum": [1, None]}, {"type": "string", "pattern": "^(a|b)+$"}, {}),
+    "schema": (_SCHEMA,),
+    "response_format": ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": _SCHEMA}}),
+    "format": ({"type": "json_schema", "name": "n", "schema": _SCHEMA},),
+    "stop": ("a", ["a", "", None], ["x" * 600]),
+    "logit_bias": ([[5, 1.5], ["a", False]], {"5": -1, "ab": 2}, [[5]]),
+    "samplers": ("kt", ["top_k", "min-p"], ["infill"], []),
+    "lora": ([{"id": 0, "scale": 0.5}], [{"id": 1}], [{"id": 7}], [{}]),
+    "logprobs": (True, 2, 0),
+    "top_logprobs": (3, 0, -1),
+    "type": ("text", "function", "message", "tool_use", "tool_result", "input_text", "thinking", "json_schema"),
+    "role": ("user", "assistant", "system", "tool", "developer"),
+    "name": ("f", "g", ""),
+    "filename": ("a", "b.bin", "../a", "", "x" * 300),
+    "tokens": ([5, 6, 7], [299], [300], [-1]),
+    "query": ("a",), "documents": (["a", "b"],), "texts": (["a", "b"],),
+    "encoding_format": ("base64", "float", "x"),
+    "input_prefix": ("a", ["b", 5]), "input_suffix": ("a",), "suffix": ("b", ""),
+    "input_extra": ([{"text": "a", "filename": "b"}], [{}]),
+    "reasoning_effort": ("none", "low", 5), "reasoning_format": ("none", "deepseek", "auto", "x"),
+    "response_fields": (["content", "generation_settings/stop"], [1]),
+    "include": (["message.output_text.logprobs"],),
+    "max_tokens": (0, 1, 9), "n_predict": (0, 1, 30), "n": (1, 2), "n_cmpl": (2,),
+}  # fmt: skip
+"""Values that are right for a field of this name somewhere, and some that are nearly so."""
+_WILD: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 1.5, -0.5, 1e308, -1e308, 1e-320, 2**31, 2**63, -(2**63), 10**30, "", "a", "\x00",
+    "\U0001f600", "257", [], {}, [[]], [{}], [None], {"a": 1}, {"type": "text", "text": "a"}, [[[[1]]]], "x" * 2000,
+)  # fmt: skip
 TOKENS = (
-    *(b'"' + field + b'":' for field in _SCALARS + _STRUCTURED), *_VALUES,
-    b",", b":", b"{", b"}", b"[", b"]", b"[" * 200, b'{"prompt_string":', b"\\u0000", b"\xff",
+    *(target.encode() + b"\n" for target in TARGETS),
+    *(json.dumps(name).encode() + b":" for name in _SAMPLES),
+    *(orjson.dumps(sample) for samples in _SAMPLES.values() for sample in samples),
+    *(json.dumps(value).encode() for value in _WILD),
+    b'"stream":true', b",", b":", b"{", b"}", b"[", b"]", b"[" * 200, b"\\u0000", b"\\ud800", b"\xff", b"NaN",
 )  # fmt: skip
-
-_N_BYTES = 256
-_BOS = _N_BYTES
-_EOS = _N_BYTES + 1
-_N_VOCAB = _N_BYTES + 2
-T = TypeVar("T")
-
-
-class ByteTokenizer:
-    """Each byte is a token, then come BOS and EOS."""
-
-    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        """Bytes of `text`, after BOS if `add_special`."""
-        assert isinstance(parse_special, bool)
-        return [*([_BOS] if add_special else []), *text.encode()]
-
-    def detokenize(self, tokens: Sequence[int], special: bool) -> str:
-        """Text of `tokens`."""
-        return b"".join(self.piece(token, special) for token in tokens).decode("utf-8", "replace")
-
-    def piece(self, token: int, special: bool = False) -> bytes:
-        """The byte, or a name for a special token."""
-        if token < _N_BYTES:
-            return bytes((token,))
-        return b"<s>" if special else b""
-
-    def is_eog(self, token: int) -> bool:
-        """Whether it is EOS."""
-        return token == _EOS
-
-
-_TOKENIZER = ByteTokenizer()
-_CONFIG = Config()
-_INFO = ModelInfo(
-    path="", description="", n_vocab=_N_VOCAB, n_ctx_train=512, n_ctx_slot=512, n_embd=8, n_params=1, size_bytes=1,
-    ftype="", vocab_type=1, n_slots=1, bos_token="<s>", eos_token="</s>", adds_bos=True, chat_template=None, build="",
-    system_info="", can_shift=True, max_piece_bytes=3, eog_tokens=(_EOS,),
-)  # fmt: skip
-_MAKER = JobMaker(_CONFIG, _INFO, _TOKENIZER)
-_TEMPLATE = ChatTemplate(CHATML)
 
 
 def one(data: bytes) -> None:
     """Check the invariant for `data`, and for a well-formed body made of it."""
-    _check(data)
-    _check(_Builder(data).body())
+    head, _, body = data.partition(b"\n")
+    target = head.decode("latin-1")
+    if target not in TARGETS:
+        target, body = TARGETS[zlib.crc32(data) % len(TARGETS)], data
+    _check(target, body)
+    _check(target, _Builder(data).body(target))
 
 
 class _Builder:
-    """Bytes -> well-formed JSON, chosen at random but by them alone: mutated text seldom passes the JSON parser."""
+    """Bytes -> a body of a route's type, chosen at random but by them alone: mutated text seldom gets past the
+    JSON parser, and wild fields seldom past the first check."""
 
     def __init__(self, data: bytes) -> None:
         self._rng = random.Random(data)
+        self._wildness = self._rng.choice((0.0, 0.02, 0.2))
 
-    def body(self) -> bytes:
-        """Known fields with any values, at least one of them structured."""
-        items = [b'"%s":%s' % (self._pick(_STRUCTURED), self._list(0) if self._count() else self._value(0))]
-        items += [b'"%s":%s' % (self._pick(_SCALARS), self._value(3)) for _ in range(self._count())]
-        return b"{%s}" % b",".join(items)
+    def body(self, target: str) -> bytes:
+        """JSON for the route of a target."""
+        path = next((path for path in _BODIES if "{" in path), "") if "?" in target else target
+        made = self._value(_type_info(_BODIES[path]), 0)
+        if isinstance(made, dict) and self._rng.random() < 0.3:
+            made["stream"] = True
+        return json.dumps(made).encode()
 
-    def _list(self, depth: int) -> bytes:
-        return b"[%s]" % b",".join(self._value(depth + 1) for _ in range(1 + self._count()))
+    def _value(self, kind: inspect.Type, depth: int) -> Any:
+        if self._rng.random() < self._wildness:
+            return self._rng.choice(_WILD)
+        make = _MAKERS.get(type(kind))
+        return make(self, kind, depth) if make else self._rng.choice(_WILD)
 
-    def _value(self, depth: int) -> bytes:
-        kind = self._rng.randrange(4)
-        if depth > 4 or kind == 0:
-            return self._pick(_VALUES)
-        if kind == 1:
-            return self._list(depth)
-        names = self._pick(_OBJECTS).split()
-        return b"{%s}" % b",".join(
-            b'"%s":%s' % (name, self._pick(_ROLES) if name == b"role" else self._value(depth + 2))
-            for name in names
+    def _struct(self, kind: Any, depth: int) -> Any:
+        share = self._rng.choice((0.01, 0.05, 0.3)) / (1 + depth)
+        is_left_out = {"prompt"} if any(field.name == "input" for field in kind.fields) else ()
+        made = {}
+        for field in kind.fields:
+            is_needed = field.required or (field.name in _NEEDED and field.name not in is_left_out)
+            if self._rng.random() < (0.95 if is_needed else share):
+                made[field.encode_name] = self._field(kind.cls, field, depth + 1)
+        return made
+
+    def _field(self, owner: type, field: Any, depth: int) -> Any:
+        samples = _SAMPLES.get(field.name, ())
+        if self._rng.random() >= self._wildness:
+            samples = _fitting(owner, field.name)
+        return (
+            self._rng.choice(samples)
+            if samples and self._rng.random() < 0.8
+            else self._value(field.type, depth)
         )
 
-    def _count(self) -> int:
-        return self._rng.randrange(4)
+    def _union(self, kind: Any, depth: int) -> Any:
+        kinds = [one for one in kind.types if not isinstance(one, inspect.NoneType)]
+        return self._value(self._rng.choice(kinds), depth)
 
-    def _pick(self, options: Sequence[bytes]) -> bytes:
-        return self._rng.choice(options)
+    def _list(self, kind: Any, depth: int) -> Any:
+        return [self._value(kind.item_type, depth + 1) for _ in range(self._rng.randrange(max(1, 4 - depth)))]
+
+    def _dict(self, kind: Any, depth: int) -> Any:
+        return {self._rng.choice(("a", "b", "type")): self._value(kind.value_type, depth + 1)}
+
+    def _literal(self, kind: Any, depth: int) -> Any:
+        return self._rng.choice(kind.values)
+
+    def _number(self, kind: Any, depth: int) -> Any:
+        return self._rng.choice((0, 1, 2, 5, 0.5, 1.0, -1, True))
+
+    def _text(self, kind: Any, depth: int) -> Any:
+        return self._rng.choice(("a", "hello", "", "{}", "f", "auto", "\u00e9"))
+
+    def _bool(self, kind: Any, depth: int) -> Any:
+        return self._rng.random() < 0.5
 
 
-def _check(data: bytes) -> None:
-    completion = _refusable(lambda: parse_json(data, CompletionRequest))
-    if completion is not None:
-        prompt = _refusable(lambda: read_prompt(completion.prompt, _TOKENIZER, _INFO))
-        _check_fields(completion, prompt or [_BOS])
-    chat = _refusable(lambda: parse_json(data, ChatRequest))
-    if chat is not None:
-        text = _refusable(lambda: _render(chat))
-        _check_fields(chat, _TOKENIZER.tokenize(text or "", add_special=True, parse_special=True))
-    tokenize = _refusable(lambda: parse_json(data, TokenizeRequest))
-    if tokenize is not None and isinstance(tokenize.content, list):
-        assert all(type(part) in (int, str) for part in tokenize.content)
-    detokenize = _refusable(lambda: parse_json(data, DetokenizeRequest))
-    if detokenize is not None:
-        assert all(type(token) is int for token in detokenize.tokens or ())
+_NEEDED = frozenset(
+    "messages prompt input content documents query tokens filename input_prefix input_suffix text name role "
+    "call_id arguments output tool_use_id id thinking max_tokens".split()
+)
+"""Fields without which most routes refuse at once."""
+_MAKERS: dict[type, Callable[..., Any]] = {
+    inspect.StructType: _Builder._struct,
+    inspect.TypedDictType: _Builder._struct,
+    inspect.UnionType: _Builder._union,
+    inspect.ListType: _Builder._list,
+    inspect.DictType: _Builder._dict,
+    inspect.LiteralType: _Builder._literal,
+    inspect.IntType: _Builder._number,
+    inspect.FloatType: _Builder._number,
+    inspect.StrType: _Builder._text,
+    inspect.BoolType: _Builder._bool,
+}
 
 
-def _refusable(step: Callable[[], T]) -> T | None:
-    """What `step` returns, or None when it refuses the request."""
+@functools.cache
+def _type_info(body: Any) -> inspect.Type:
+    return inspect.type_info(Any if body is None else body)
+
+
+@functools.cache
+def _fitting(owner: Any, name: str) -> tuple[Any, ...]:
+    """Samples that have the type of a struct's field."""
+    kind = get_type_hints(owner, include_extras=True)[name]
+    return tuple(sample for sample in _SAMPLES.get(name, ()) if _fits(sample, kind))
+
+
+def _fits(sample: Any, kind: Any) -> bool:
     try:
-        return step()
-    except WingmanError as error:
-        refusal = error
-    assert refusal.message
-    refusal.message.encode()  # goes into an answer
-    return None
+        msgspec.convert(sample, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
-def _render(chat: ChatRequest) -> str:
-    conversation = split_prefill(read_messages(chat.messages or (), knows_developer=False))
-    rendering = Rendering(
-        chat.add_generation_prompt is not False, _INFO.bos_token, _INFO.eos_token, chat.chat_template_kwargs
-    )
-    return render_prompt(_TEMPLATE, conversation, rendering, adds_bos=_INFO.adds_bos)
+def _check(target: str, body: bytes) -> None:
+    seed = zlib.crc32(body)
+    application = served(ranks="rank" in target or seed % 3 == 0)
+    if "?action" in target:  # so that there is something to save, and a file to restore
+        run(application.answer("/completion", b'{"prompt":"abc","id_slot":0}', seed, keeps=True))
+        run(application.answer(target.replace("restore", "save"), body, seed, keeps=True))
+    status, kind, answer = run(application.answer(target, body, seed))
+    assert status in STATUSES, (status, answer)
+    if kind == "text/event-stream":
+        _check_events(answer, is_whole=b"response_fields" not in body)
+        return
+    parsed = orjson.loads(answer)
+    if status != 200:
+        error = parsed["error"]
+        assert error["code"] == status
+        assert error["type"] in ERROR_TYPES[status], error
+        assert error["message"]
 
 
-def _check_fields(fields: GenerationFields, prompt: Sequence[int]) -> None:
-    _refusable(lambda: refuse_unsupported(fields))
-    job = _refusable(lambda: _MAKER.build_job(1, prompt, fields))
-    if job is not None:
-        _check_job(job)
-        settings = settings_of(job, _CONFIG, "model")
-        orjson.dumps(select_fields({"generation_settings": settings}, fields.response_fields))
-
-
-def _check_job(job: Job) -> None:
-    assert job.prompt
-    assert all(0 <= token < _N_VOCAB for token in job.prompt)
-    assert job.n_predict >= -1
-    assert job.n_keep >= -1
-    assert job.id_slot >= -1
-    assert all(job.stop)
-    sampling = job.sampling
-    assert 0 <= sampling.seed < 2**32
-    assert 0 <= sampling.top_k < 2**31
-    assert sampling.temperature >= 0
-    for share in (sampling.top_p, sampling.min_p, sampling.xtc_probability, sampling.xtc_threshold):
-        assert 0 <= share <= 1
-    assert sampling.repeat_penalty > 0
-    assert sampling.mirostat in (0, 1, 2)
-    for token, bias in sampling.logit_bias:
-        assert 0 <= token < _N_VOCAB
-        assert not math.isnan(bias)
+def _check_events(stream: bytes, *, is_whole: bool) -> None:
+    """`is_whole`: no field of a native event was left out on request."""
+    events = [event.data for event in SseParser().feed(stream)]
+    assert events, "an empty stream"
+    last = None if events[-1] == "[DONE]" else msgspec.json.decode(events[-1])
+    for data in events[:-1]:
+        body = msgspec.json.decode(data)
+        assert "error" not in body or body["error"] is None, "something follows an error"
+    if last is None:
+        return
+    if "error" in last and last["error"] is not None:
+        assert last["error"]["type"] not in ("server_error", "api_error"), last
+        return
+    assert last.get("stop") is True or last.get("type") in LAST_TYPES or not is_whole, last

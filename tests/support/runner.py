@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from wingman.config import SamplingParams
-from wingman.engine.runner import Batch, KvRemove, KvShift, RunnerFailure, SamplerStart, Samples
+from wingman.engine.runner import Batch, KvRemove, KvShift, RunnerFailure, SamplerStart, Samples, Tokenizer
 from wingman.engine.types import Constraint, EmbeddingInfo, ModelInfo, PoolingType, TokenProb
 
 N_VOCAB = 300
@@ -47,7 +47,7 @@ class ScriptedVocabulary:
 
 def entries(tokens: Sequence[int], lora: tuple[float, ...] = ()) -> list[int]:
     """What the cache holds of tokens computed with these adapter scales."""
-    shift = sum(int(scale * (index + 1)) for index, scale in enumerate(lora))
+    shift = sum(int(scale * (index + 1)) for index, scale in enumerate(lora)) % 97
     return [token + N_VOCAB * shift for token in tokens]
 
 
@@ -87,7 +87,7 @@ class ScriptedRunner:
         self, n_slots: int = 2, n_ctx_slot: int = 64, n_ctx: int | None = None, n_batch: int = 16
     ) -> None:
         self.info = model_info(n_slots, n_ctx_slot)
-        self.tokenizer = ScriptedVocabulary()
+        self.tokenizer: Tokenizer = ScriptedVocabulary()
         self.cache: list[list[int]] = [[] for _ in range(n_slots)]
         self.n_ctx = n_ctx or n_slots * n_ctx_slot
         self.n_batch = self.n_ubatch = n_batch
