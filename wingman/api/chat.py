@@ -14,7 +14,6 @@ from wingman.api.bodies import encode_answers
 from wingman.api.naming import naming_of
 from wingman.api.probabilities import prob_items, shown_probs
 from wingman.api.schema import ChatRequest, parse_body
-from wingman.api.settings import settings_of
 from wingman.api.streams import DONE, encode, event_stream
 from wingman.api.turns import (
     AnswerReader,
@@ -59,7 +58,7 @@ async def input_tokens(served: ServedModel, request: Request) -> Response:
     fields = await parse_body(request.body, ChatRequest)
     check_turn(fields)
     n_tokens = await served.engine.work(len(request.body), count_tokens, served, fields)
-    return Response(200, orjson.dumps({"input_tokens": n_tokens}))
+    return Response(200, orjson.dumps({"object": "response.input_tokens", "input_tokens": n_tokens}))
 
 
 # -- not streamed -----------------------------------------------------------------------------------
@@ -67,7 +66,8 @@ async def input_tokens(served: ServedModel, request: Request) -> Response:
 
 def _body(turn: Turn, naming: shapes.Naming, results: Sequence[Finished]) -> dict[str, Any]:
     choices = [_choice(turn, index, finished) for index, finished in enumerate(results)]
-    return _add_verbose(shapes.chat_completion(naming, choices, results), turn, results[0])
+    body = shapes.chat_completion(naming, choices, results)
+    return turn.as_completion().add_verbose(body, results[0])
 
 
 def _choice(turn: Turn, index: int, finished: Finished) -> dict[str, Any]:
@@ -108,18 +108,6 @@ def _reason(turn: Turn, finished: Finished, has_called: bool) -> str:
 def _prob_items(turn: Turn, probs: Sequence[TokenProb]) -> list[dict[str, Any]]:
     is_post = turn.jobs[0].post_sampling_probs
     return prob_items(probs, turn.served.engine.tokenizer, is_post=is_post)
-
-
-def _add_verbose(body: dict[str, Any], turn: Turn, finished: Finished) -> dict[str, Any]:
-    """The body with `__verbose`, the native final object, when asked for."""
-    served, job = turn.served, turn.jobs[0]
-    default = served.config.server.verbose
-    if default if turn.fields.verbose is None else turn.fields.verbose:
-        settings = settings_of(job, served.config, served.name)
-        body["__verbose"] = shapes.native_final(
-            finished, 0, job, served.name, turn.prompt, settings, return_tokens=True
-        )
-    return body
 
 
 # -- streamed ---------------------------------------------------------------------------------------
@@ -195,5 +183,5 @@ def _end(
     if options is not None and options.include_usage:
         base = shapes.chat_chunk(naming, 0, {})
         chunks.append(shapes.usage_chunk(base, shapes.usage_of(results)))
-    _add_verbose(shapes.add_timings(chunks[-1], results[0].timings), turn, results[0])
+    turn.as_completion().add_verbose(shapes.add_timings(chunks[-1], results[0].timings), results[0])
     return chunks

@@ -43,7 +43,8 @@ async def complete_text(served: ServedModel, request: Request) -> Answer:
 def _text_body(prepared: Completion, naming: shapes.Naming, results: Sequence[Finished]) -> dict[str, Any]:
     body = prepared.final(results[0], 0)
     body |= shapes.text_chunk(naming, *_choices(prepared, results))
-    return body | {"usage": shapes.usage_of(results), "timings": results[0].timings.to_dict()}
+    body |= {"usage": shapes.usage_of(results), "timings": results[0].timings.to_dict()}
+    return prepared.add_verbose(body, results[0])
 
 
 def _choices(prepared: Completion, results: Sequence[Finished]) -> list[dict[str, Any]]:
@@ -131,4 +132,5 @@ def _last_text_chunk(
     chunk |= shapes.text_chunk(naming, shapes.text_choice(index, "", shapes.finish_reason(finished)))
     if len(ended) == len(prepared.jobs):
         chunk["usage"] = shapes.usage_of([ended[one] for one in sorted(ended)])
+        prepared.add_verbose(chunk, ended[0])
     return chunk

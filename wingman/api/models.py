@@ -106,6 +106,10 @@ def get_props(served: ServedModel, _: Request) -> Response:
         "build_info": info.build,
         "system_info": info.system_info,
         "is_sleeping": False,
+        "media_marker": "",
+        "cors_proxy_enabled": False,
+        "ui": False,
+        "ui_settings": {},
     }  # fmt: skip
     return Response(200, orjson.dumps(body))
 

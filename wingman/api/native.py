@@ -53,6 +53,13 @@ class Completion:
                 body["completion_probabilities"] = self.native_probs(probs)
         return shapes.select_fields(body, self.fields.response_fields)
 
+    def add_verbose(self, body: dict[str, Any], finished: Finished) -> dict[str, Any]:
+        """The body with `__verbose`, the native object of the first answer, when asked for."""
+        default = self.served.config.server.verbose
+        if default if self.fields.verbose is None else self.fields.verbose:
+            body["__verbose"] = self.final(finished, 0)
+        return body
+
     def native_probs(self, probs: Sequence[TokenProb]) -> list[dict[str, Any]]:
         """`completion_probabilities`."""
         is_post = self.jobs[0].post_sampling_probs

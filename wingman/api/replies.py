@@ -95,6 +95,10 @@ class Props(TypedDict):
     build_info: str
     system_info: str
     is_sleeping: bool
+    media_marker: str
+    cors_proxy_enabled: bool
+    ui: bool
+    ui_settings: dict[str, Any]
 
 
 class ModelMeta(TypedDict):
@@ -165,6 +169,7 @@ class Prompt(TypedDict):
 class InputTokens(TypedDict):
     """A number of tokens."""
 
+    object: NotRequired[Literal["response.input_tokens"]]
     input_tokens: int
 
 

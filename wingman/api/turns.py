@@ -6,11 +6,13 @@ are dialects over it. `prepare_turn` runs in the engine's executor, the readers 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final
 
 from wingman.api.constraints import read_call_constraint, read_chat_constraint
 from wingman.api.generation import JobMaker
+from wingman.api.native import Completion
 from wingman.api.prompts import refuse_endless
 from wingman.api.ranges import INT32_MAX, Range, read_number
 from wingman.api.schema import ChatRequest
@@ -61,6 +63,10 @@ class Turn:
     served: ServedModel
     dialogue: Dialogue
     ping_s: int
+
+    def as_completion(self) -> Completion:
+        """The same as completions of a prompt."""
+        return Completion(self.jobs, (self.prompt,) * len(self.jobs), self.fields, self.served, self.ping_s)
 
     def parse(self, finished: Finished) -> ParsedMessage:
         """The message of an answer that was not streamed; equal to what its stream adds up to."""
@@ -114,8 +120,8 @@ def check_turn(fields: ChatRequest) -> None:
         raise InvalidRequest("Field 'logprobs': can't be streamed with tools", "logprobs")
     if fields.grammar and (fields.tools or fields.functions):
         raise InvalidRequest("Field 'grammar': can't be used with tools", "grammar")
-    if fields.add_generation_prompt and fields.continue_final_message:
-        message = "Field 'continue_final_message': excludes add_generation_prompt"
+    if fields.add_generation_prompt is not False and fields.continue_final_message:
+        message = "Field 'continue_final_message': needs add_generation_prompt to be false"
         raise InvalidRequest(message, "continue_final_message")
 
 
@@ -128,6 +134,7 @@ def prepare_turn(served: ServedModel, fields: ChatRequest) -> Turn:
     fields.n_probs = _n_probs(fields)
     constraint = _constraint(served, fields, dialogue)
     jobs = maker.build_jobs(tokens, fields, constraint, _preserved(served, dialogue))
+    jobs = [dataclasses.replace(job, drops_partial_char=True) for job in jobs]
     return Turn(tuple(jobs), prompt, fields, served, dialogue, maker.ping_interval(fields))
 
 

@@ -21,9 +21,10 @@ class Piece:
 class Detokenizer:
     """Incremental decoder with stop strings. Invalid bytes become U+FFFD (llama-server does the same)."""
 
-    __slots__ = ("_decoder", "_held", "_stop")
+    __slots__ = ("_decoder", "_drops_partial", "_held", "_stop")
 
-    def __init__(self, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, stop: tuple[str, ...] = (), *, drops_partial: bool = False) -> None:
+        self._drops_partial = drops_partial
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = tuple(word for word in stop if word)
         self._held = ""
@@ -48,7 +49,7 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What was held back, when generation ends for another reason than a stop string."""
-        text = self._held + self._decoder.decode(b"", final=True)
+        text = self._held + ("" if self._drops_partial else self._decoder.decode(b"", final=True))
         self._held = ""
         return text
 

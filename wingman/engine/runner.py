@@ -172,8 +172,9 @@ class Runner(Protocol):
     def save_slot(self, slot_id: int) -> bytes:
         """The serialised cache of a slot."""
 
-    def restore_slot(self, slot_id: int, state: bytes) -> bool:
-        """Fill an empty slot from `save_slot` output; False, and the slot empty, when it does not fit."""
+    def restore_slot(self, slot_id: int, state: bytes, n_tokens: int) -> bool:
+        """Fill a slot from `save_slot` output for a slot of `n_tokens`; False, and the slot empty, when it does
+        not fit."""
 
     def reset(self) -> None:
         """Rebuild the context after a failure: every slot is empty afterwards."""

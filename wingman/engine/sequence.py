@@ -38,7 +38,7 @@ class Sequence:
         self.stopping_word = ""
         self.truncated = False
         self.has_new_line = False
-        self._detokenizer = Detokenizer(job.stop)
+        self._detokenizer = Detokenizer(job.stop, drops_partial=job.drops_partial_char)
         self._text: list[str] = []
         self._line_indent: int | None = None
 

@@ -229,7 +229,9 @@ class EngineThread:
     def _change_slot(self, job: SlotJob, runner: Runner, scheduler: Scheduler) -> None:
         if job.move is SlotMove.SAVE:
             scheduler.finish_slot_job(job, runner.save_slot(job.slot_id))
-        elif job.move is SlotMove.RESTORE and not runner.restore_slot(job.slot_id, job.state):
+        elif job.move is SlotMove.RESTORE and not runner.restore_slot(
+            job.slot_id, job.state, len(job.tokens)
+        ):
             message = "the file was saved from another model or is damaged; the slot is empty now"
             scheduler.refuse_slot_job(job, FailureKind.INVALID, message)
         else:

@@ -54,6 +54,8 @@ class Job:
     timings_per_token: bool = False
     preserved_tokens: frozenset[int] = frozenset()
     """Special tokens whose text is part of the output."""
+    drops_partial_char: bool = False
+    """A character that a limit cuts in two is left out, not shown as U+FFFD."""
     constraint: Constraint | None = None
     n_probs: int = 0
     """Alternatives reported with each token; 0: no probabilities at all."""

@@ -108,18 +108,26 @@ class LlamaContext:
         n_bytes = lib.llama_state_seq_get_data(self.handle, buffer, size, slot_id)
         return bytes(memoryview(buffer)[_STATE_HEAD_BYTES:n_bytes])
 
-    def write_slot(self, slot_id: int, state: bytes) -> bool:
-        """Fill an empty slot from `read_slot` output; False when it does not fit this model."""
+    def write_slot(self, slot_id: int, state: bytes, n_tokens: int) -> bool:
+        """Fill a slot from `read_slot` output; False, and the slot empty, when it does not fit this model or
+        does not end with token `n_tokens` of a sequence."""
         lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
         head = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self.handle, slot_id))()
         lib.llama_state_seq_get_data(self.handle, head, len(head), slot_id)
         data = bytes(head[:_STATE_HEAD_BYTES]) + state
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         n_read = lib.llama_state_seq_set_data(self.handle, buffer, len(data), slot_id)
-        if n_read != len(data):
-            lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
-            return False
-        return True
+        if n_read == len(data) and self._ends_at(slot_id, n_tokens):
+            return True
+        lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
+        return False
+
+    def _ends_at(self, slot_id: int, n_tokens: int) -> bool:
+        """Whether the next token of a slot is that at position `n_tokens`; any other makes the step fail that
+        adds it, for everybody."""
+        first = int(lib.llama_memory_seq_pos_min(self.memory, slot_id))
+        last = int(lib.llama_memory_seq_pos_max(self.memory, slot_id))
+        return last == n_tokens - 1 and (first >= 0 or not n_tokens)
 
     def warm_up(self, model: LlamaModel) -> None:
         """Touch all weights once and empty the cache again (common_init_from_params)."""

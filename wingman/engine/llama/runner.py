@@ -116,9 +116,9 @@ class LlamaRunner:
         """The serialised cache of a slot."""
         return self._generating().read_slot(slot_id)
 
-    def restore_slot(self, slot_id: int, state: bytes) -> bool:
+    def restore_slot(self, slot_id: int, state: bytes, n_tokens: int) -> bool:
         """Fill a slot from `save_slot` output; False, and the slot empty, when it does not fit."""
-        return self._generating().write_slot(slot_id, state)
+        return self._generating().write_slot(slot_id, state, n_tokens)
 
     def reset(self) -> None:
         """Make a fresh context; the weights stay."""

@@ -69,43 +69,48 @@ class Candidates:
 
     def __init__(self, n_vocab: int) -> None:
         self._ids = np.arange(n_vocab, dtype=np.int32)
-        self.data = np.zeros(n_vocab, _CANDIDATE)
-        pointer = ctypes.cast(self.data.ctypes.data, lib.llama_token_data_p)
-        self.array: Any = lib.llama_token_data_array(data=pointer, size=n_vocab, selected=-1, sorted=False)
+        self._data = np.zeros(n_vocab, _CANDIDATE)
+        self._pointer = ctypes.cast(self._data.ctypes.data, lib.llama_token_data_p)
+        self._array: Any = lib.llama_token_data_array(data=self._pointer, size=0, selected=-1, sorted=False)
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens of the vocabulary."""
+        return len(self._ids)
 
     def fill(self, logits: npt.NDArray[np.float32]) -> None:
         """Start over from logits, shape (n_vocab,)."""
-        self.data["id"] = self._ids
-        self.data["logit"] = logits
-        self.data["p"] = 0
-        self.array.size, self.array.selected, self.array.sorted = len(self._ids), -1, False
+        self._start(self._ids, logits)
 
     def fill_likeliest(self, logits: npt.NDArray[np.float32]) -> None:
         """Start over from the N_LIKELIEST tokens only."""
-        n_kept = min(N_LIKELIEST, len(self._ids))
+        n_kept = min(N_LIKELIEST, self.n_vocab)
         ids = np.argpartition(logits, -n_kept)[-n_kept:]
-        self.data["id"][:n_kept] = ids
-        self.data["logit"][:n_kept] = logits[ids]
-        self.data["p"][:n_kept] = 0
-        self.array.size, self.array.selected, self.array.sorted = n_kept, -1, False
+        self._start(ids, logits[ids])
 
-    def likeliest(self) -> tuple[int, float]:
-        """The token with the largest logit left, and that logit."""
-        best = int(self.left["logit"].argmax())
-        return int(self.data["id"][best]), float(self.data["logit"][best])
+    def _start(self, ids: npt.NDArray[Any], logits: npt.NDArray[np.float32]) -> None:
+        size = len(ids)
+        self._data["id"][:size] = ids
+        self._data["logit"][:size] = logits
+        self._data["p"][:size] = 0
+        array = self._array
+        array.data, array.size, array.selected, array.sorted = self._pointer, size, -1, False
 
     def apply(self, sampler: Any) -> None:
         """Let a sampler narrow or choose."""
-        lib.llama_sampler_apply(sampler, ctypes.byref(self.array))
+        lib.llama_sampler_apply(sampler, ctypes.byref(self._array))
 
     @property
     def left(self) -> npt.NDArray[Any]:
-        """The candidates that samplers have left."""
-        return self.data[: self.array.size]
+        """The candidates that samplers have left; some (XTC) move the start instead of the items."""
+        address = ctypes.addressof(self._array.data.contents)
+        start = (address - self._data.ctypes.data) // self._data.itemsize
+        return self._data[start : start + self._array.size]
 
+    @property
     def chosen(self) -> int:
-        """The token a chain has selected."""
-        return int(self.data["id"][self.array.selected])
+        """Where in `left` a chain has chosen."""
+        return int(self._array.selected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,7 @@ class Sampler:
         self._n_probs = start.n_probs
         self._is_post = start.post_sampling_probs
         self._candidates = candidates
-        self._n_vocab = len(candidates.data)
+        self._n_vocab = candidates.n_vocab
         self._grammar: Any = None if start.constraint is None else parts.grammar(start.constraint)
         self._trigger: Trigger | None = None
         if start.constraint is not None and start.constraint.is_lazy:
@@ -202,7 +207,7 @@ class Sampler:
         if grammar is not None:
             self._candidates.apply(grammar)
         self._candidates.apply(self._chain)
-        return self._candidates.chosen()
+        return int(self._candidates.left["id"][self._candidates.chosen])
 
     def _likeliest_allowed(self, logits: npt.NDArray[np.float32], grammar: Any) -> int:
         """The allowed token with the largest logit, looked for among the likeliest first: a grammar takes 10
@@ -210,10 +215,11 @@ class Sampler:
         for fill in (self._candidates.fill_likeliest, self._candidates.fill):
             fill(logits)
             self._candidates.apply(grammar)
-            token, logit = self._candidates.likeliest()
-            if logit != -math.inf:
+            left = self._candidates.left
+            best = left[left["logit"].argmax()]
+            if best["logit"] != -math.inf:
                 break
-        return token
+        return int(best["id"])
 
     def _is_allowed(self, token: int) -> bool:
         one = lib.llama_token_data(id=token, logit=1.0, p=0.0)
@@ -241,7 +247,7 @@ class Sampler:
         if self._chain is None:
             return TokenProb(token, 1.0, ((token, 1.0),))
         left = self._candidates.left
-        own = float(left["p"][self._candidates.array.selected])
+        own = float(left["p"][self._candidates.chosen])
         order = np.argsort(-left["p"], kind="stable")[: self._n_probs]
         top = tuple((int(left["id"][i]), float(left["p"][i])) for i in order if left["p"][i] > 0)
         return TokenProb(token, own, top)
