@@ -149,13 +149,29 @@ def test_auto_calls_only_in_the_form_of_calls(speaker: ServerProcess) -> None:
     assert "<tool_call>" not in choice["message"]["content"]
 
 
-def test_auto_is_constrained_once_a_call_begins(speaker: ServerProcess) -> None:
-    started = [*MESSAGES, {"role": "assistant", "content": "I look."}]
-    biased = ask(
-        speaker, tools=[WEATHER], tool_choice="auto", messages=started, parallel_tool_calls=False,
-        seed=1, temperature=0, grammar_lazy=None,
-    )  # fmt: skip
-    assert "<tool_call>" not in biased["message"]["content"]
+def test_auto_may_call(speaker: ServerProcess) -> None:
+    """A history of calls leads the model to make another; the format's trigger constrains it then."""
+    history: list[dict[str, Any]] = []
+    for city in ("Paris", "Oslo", "Rome"):
+        called = {"name": "get_weather", "arguments": json.dumps({"city": city, "unit": "C"})}
+        call = {"id": "c", "type": "function", "function": called}
+        history += [
+            {"role": "user", "content": f"What is the weather in {city}?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+    fields: dict[str, Any] = {
+        "messages": [*history, {"role": "user", "content": "What is the weather in Madrid?"}],
+        "tools": [WEATHER],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+    }
+    choice = ask(speaker, **fields)
+    assert choice["finish_reason"] == "tool_calls", choice["message"]["content"]
+    ((name, arguments),) = calls_of(choice)
+    assert name == "get_weather"
+    check_weather(arguments)
+    events = read_events(speaker, PATH, body(**fields))
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize("seed", range(3))
