@@ -6,6 +6,8 @@ them. All errors are InvalidRequest naming the field.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Final
 
@@ -14,10 +16,11 @@ import orjson
 from wingman.api.schema import GenerationFields
 from wingman.api.settings import TRIGGER_TOKEN, TRIGGER_WORD
 from wingman.chat.constraint import schema_grammar, schema_rules
+from wingman.chat.fence import answer_grammar
 from wingman.chat.formats import OutputFormat
 from wingman.chat.grammar import check_grammar
 from wingman.chat.reasoning import ReasoningTags
-from wingman.chat.toolgrammar import call_grammar
+from wingman.chat.toolgrammar import call_grammar, optional_thoughts
 from wingman.chat.tools import Tool, ToolChoice, ToolMode
 from wingman.engine.types import Constraint
 from wingman.errors import InvalidRequest
@@ -42,13 +45,25 @@ def read_constraint(fields: GenerationFields, default: Constraint | None) -> Con
     return default if schema is None else Constraint(_schema_grammar(schema, "response_format"))
 
 
-def read_chat_constraint(fields: GenerationFields, default: Constraint | None) -> Constraint | None:
-    """The constraint of a chat request without tools: `response_format`, else `grammar` or `json_schema`."""
-    schema = read_response_format(fields.response_format)
-    if schema is not None:
-        return Constraint(_schema_grammar(schema, "response_format"))
-    read_chat_schema(fields)
-    return read_constraint(fields, default)
+def read_chat_constraint(
+    fields: GenerationFields,
+    tags: ReasoningTags | None,
+    default: Constraint | None,
+    *,
+    starts_in_reasoning: bool,
+) -> Constraint | None:
+    """The constraint of a chat request without tools: `response_format`, else `grammar` or `json_schema`,
+    else the default."""
+    schema = read_chat_schema(fields)
+    if schema is None:
+        return read_constraint(fields, default)
+    with _naming(_schema_field(fields)):
+        return Constraint(_answer_grammar(_dumped(schema), tags, starts_in_reasoning))
+
+
+def _schema_field(fields: GenerationFields) -> str:
+    """The field that the schema of a chat request came in."""
+    return "json_schema" if read_response_format(fields.response_format) is None else "response_format"
 
 
 def read_chat_schema(fields: GenerationFields) -> Any:
@@ -81,7 +96,8 @@ def read_call_constraint(
         return Constraint(grammar)
     if schema is None:
         return Constraint(grammar, True, format.triggers)
-    either = ["root ::= calls | answer", grammar.replace("root ::=", "calls ::=", 1)]
+    thoughts = optional_thoughts(tags, inside=starts_in_reasoning)
+    either = [f"root ::= calls | {thoughts} space answer", grammar.replace("root ::=", "calls ::=", 1)]
     text = "\n".join((*either, schema_rules(schema, "answer")))
     check_grammar(text, "response_format", must_finish=False)
     return Constraint(text)
@@ -113,10 +129,22 @@ def _check(grammar: str) -> None:
 
 
 def _schema_grammar(schema: Any, field: str) -> str:
-    try:
+    with _naming(field):
         return _converted(_dumped(schema))
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Refusals name the field at fault."""
+    try:
+        yield
     except InvalidRequest as error:
         raise InvalidRequest(f"Field '{field}': {error.message}", field) from None
+
+
+@lru_cache(N_CACHED)
+def _answer_grammar(schema: bytes, tags: ReasoningTags | None, starts_in_reasoning: bool) -> str:
+    return answer_grammar(orjson.loads(schema), tags, starts_in_reasoning=starts_in_reasoning)
 
 
 def _dumped(schema: Any) -> bytes:

@@ -10,13 +10,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final
 
-from wingman.api.constraints import read_call_constraint, read_chat_constraint
+from wingman.api.constraints import read_call_constraint, read_chat_constraint, read_chat_schema
 from wingman.api.generation import JobMaker
 from wingman.api.native import Completion
 from wingman.api.prompts import refuse_endless
 from wingman.api.ranges import INT32_MAX, Range, read_number
 from wingman.api.schema import ChatRequest
 from wingman.chat.conversation import read_messages, render_prompt, split_prefill
+from wingman.chat.fence import FencedParser
 from wingman.chat.formats import HERMES, OutputFormat, detect_format
 from wingman.chat.output import ContentDelta, Delta, OutputParser, ParsedMessage, ReasoningDelta, collect
 from wingman.chat.reasoning import ReasoningMode, ReasoningTags, detect_reasoning
@@ -40,10 +41,12 @@ class Dialogue:
     reasoning: ReasoningMode
     tags: ReasoningTags | None
     starts_in_reasoning: bool
+    is_json: bool
+    """The answer is bound to a JSON schema."""
 
-    def parser(self) -> OutputParser:
+    def parser(self) -> OutputParser | FencedParser:
         """A parser for one answer."""
-        return OutputParser(
+        parser = OutputParser(
             self.format,
             tools=self.choice.tools,
             parallel=self.is_parallel,
@@ -51,6 +54,7 @@ class Dialogue:
             tags=self.tags,
             starts_in_reasoning=self.starts_in_reasoning,
         )
+        return FencedParser(parser) if self.is_json else parser
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +205,7 @@ def _dialogue(
         _reasoning_mode(served, fields),
         tags,
         tags is not None and tags.opened_by(prompt),
+        not choice.tools and read_chat_schema(fields) is not None,
     )
 
 
@@ -230,7 +235,9 @@ def _count(value: Any, field: str) -> int:
 
 def _constraint(served: ServedModel, fields: ChatRequest, dialogue: Dialogue) -> Constraint | None:
     if not dialogue.choice.tools:
-        return read_chat_constraint(fields, served.constraint)
+        return read_chat_constraint(
+            fields, dialogue.tags, served.constraint, starts_in_reasoning=dialogue.starts_in_reasoning
+        )
     return read_call_constraint(
         fields,
         dialogue.format,

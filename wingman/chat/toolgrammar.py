@@ -52,25 +52,26 @@ def call_grammar(
     first = "tool" if required else "call"
     separator = f"space {_quote(format.separator)}" if format.separator else "space"
     more = f"({separator} call)*" if parallel else ""
-    thoughts = _optional_thoughts(tags, inside=starts_in_reasoning) if required else ""
+    thoughts = optional_thoughts(tags, inside=starts_in_reasoning) if required else ""
     rules = [
         f"root ::= {thoughts} {'space' if required else ''} {opening} {first} {more} {closing}",
         f"call ::= {_constant(head)} tool",
         "tool ::= " + " | ".join(f"tool-{index}" for index in range(len(tools))),
     ]
     if thoughts and tags:
-        rules += _until("thoughts", tags.close)
+        rules += until("thoughts", tags.close)
     for index, tool in enumerate(tools):
         rules += _tool_rules(body, tool, f"tool-{index}")
     for element in body:
         if isinstance(element, Parameters):
-            rules += _until("text", _end(element))
+            rules += until("text", _end(element))
     text = "\n".join((*rules, _SPACE))
     check_grammar(text, "tools", must_finish=False)
     return text
 
 
-def _optional_thoughts(tags: ReasoningTags | None, *, inside: bool) -> str:
+def optional_thoughts(tags: ReasoningTags | None, *, inside: bool) -> str:
+    """An expression for thoughts before an answer, using a rule `thoughts`; `inside`: the prompt opened them."""
     if tags is None:
         return ""
     return "thoughts" if inside else f"(space {_quote(tags.open)} thoughts)?"
@@ -156,7 +157,7 @@ def _with_definitions(schema: Any, root: dict[str, Any]) -> Any:
     return {key: root[key] for key in ("$defs", "definitions") if key in root} | schema
 
 
-def _until(name: str, end: str) -> Iterator[str]:
+def until(name: str, end: str) -> Iterator[str]:
     """Rules by which `name` is any text up to and with the first `end`.
 
     A grammar can't say "not", so this is the automaton of Knuth, Morris and Pratt: rule `name-i` has
