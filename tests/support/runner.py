@@ -154,9 +154,9 @@ class ScriptedRunner:
     def save_slot(self, slot_id: int) -> bytes:
         return array("i", self.cache[slot_id]).tobytes()
 
-    def restore_slot(self, slot_id: int, state: bytes) -> bool:
+    def restore_slot(self, slot_id: int, state: bytes, n_tokens: int) -> bool:
         self.cache[slot_id] = []
-        if len(state) % 4 or sum(map(len, self.cache)) + len(state) // 4 > self.n_ctx:
+        if len(state) != 4 * n_tokens or sum(map(len, self.cache)) + len(state) // 4 > self.n_ctx:
             return False
         self.cache[slot_id] = list(array("i", state))
         return True

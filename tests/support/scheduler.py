@@ -58,7 +58,9 @@ class Machine:
         while (job := self.scheduler.next_slot_job()) is not None:
             if job.move is SlotMove.SAVE:
                 self.scheduler.finish_slot_job(job, self.runner.save_slot(job.slot_id))
-            elif job.move is SlotMove.RESTORE and not self.runner.restore_slot(job.slot_id, job.state):
+            elif job.move is SlotMove.RESTORE and not self.runner.restore_slot(
+                job.slot_id, job.state, len(job.tokens)
+            ):
                 self.scheduler.refuse_slot_job(job, FailureKind.INVALID, "damaged")
             else:
                 self.scheduler.finish_slot_job(job)

@@ -34,6 +34,10 @@ _KV_TYPES: Final = {
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
 _STATE_HEAD_BYTES: Final = 8
 """A magic number and the slot's id, in front of what a slot file holds."""
+_LAST_POSITION: Final = 2**31 - 1
+"""What is at this position can't be removed: the end of a range is not part of it."""
+_MAX_STREAMS: Final = 256
+"""LLAMA_MAX_SEQ."""
 
 
 def default_threads() -> int:
@@ -112,6 +116,8 @@ class LlamaContext:
         """Fill a slot from `read_slot` output; False, and the slot empty, when it does not fit this model or
         does not end with token `n_tokens` of a sequence."""
         lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
+        if _LAST_POSITION in _positions(state):
+            return False
         head = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self.handle, slot_id))()
         lib.llama_state_seq_get_data(self.handle, head, len(head), slot_id)
         data = bytes(head[:_STATE_HEAD_BYTES]) + state
@@ -144,6 +150,16 @@ class LlamaContext:
         if self.handle:
             lib.llama_free(self.handle)
             self.handle = None
+
+
+def _positions(state: bytes) -> Sequence[int]:
+    """Positions of the cells in a serialised cache (llama_kv_cache::state_write): the number of streams, for each
+    the number of its cells, and behind the first that is not 0 three words a cell."""
+    words = memoryview(state[: len(state) // 4 * 4]).cast("i")
+    for index in range(1, min(words[0], _MAX_STREAMS) + 1 if words else 0):
+        if index < len(words) and words[index]:
+            return words[index + 1 : index + 1 + 3 * max(words[index], 0)][::3]
+    return ()
 
 
 def context_params(model: LlamaModel, config: ContextConfig) -> Any:
