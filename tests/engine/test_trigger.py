@@ -13,13 +13,16 @@ from wingman.engine.types import Constraint
 
 
 class Cuts(ScriptedVocabulary):
-    """Tokens 1000 and up are the given pieces; text is tokenised into bytes."""
+    """Tokens 1000 and up are the given pieces; text is spelt in bytes."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
 
     def piece(self, token: int, special: bool = False) -> bytes:
         return self.pieces[token - 1000] if token >= 1000 else super().piece(token, special)
+
+    def spell(self, data: bytes) -> list[int] | None:
+        return None if b"\x00" in data else [3 + byte for byte in data]
 
 
 def first_start(text: bytes, words: list[str]) -> int | None:
@@ -65,18 +68,18 @@ def test_one_trigger_is_found_at_one_place_whatever_the_cuts(text: str, word: st
 
 
 def test_a_trigger_token_stands_for_itself() -> None:
-    trigger = Trigger(Constraint("", True, ("zz",), (7,)), ScriptedVocabulary())
+    trigger = Trigger(Constraint("", True, ("zz",), (7,)), Cuts([]))
     assert trigger.push(3 + ord("z")) is None
     assert trigger.push(7) == [7]
 
 
-def test_a_text_that_is_no_token_sequence_binds_nothing() -> None:
-    trigger = Trigger(Constraint("", True, ("a",)), Cuts([b"a\xc3"]))
+def test_a_text_that_can_not_be_spelt_binds_nothing() -> None:
+    trigger = Trigger(Constraint("", True, ("a",)), Cuts([b"a\x00"]))
     assert trigger.push(1000) == []
 
 
 def test_a_special_token_may_be_the_trigger_text() -> None:
-    trigger = Trigger(Constraint("", True, ("<1>",)), ScriptedVocabulary())
+    trigger = Trigger(Constraint("", True, ("<1>",)), Cuts([]))
     seen = trigger.push(1)
     assert seen is not None
     assert b"".join(ScriptedVocabulary().piece(one, special=True) for one in seen) == b"<1>"

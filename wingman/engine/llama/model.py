@@ -7,6 +7,7 @@ Loaded and freed on the engine thread. The vocabulary functions read immutable d
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,6 +210,18 @@ class LlamaTokenizer:
         if piece is None:
             piece = self._pieces[token] = self._read_piece(token, special=False)
         return piece
+
+    def spell(self, data: bytes) -> list[int] | None:
+        """Tokens of one byte each that are `data` together, or None when a byte has none. Tokenising does not
+        do: SentencePiece puts a space in front."""
+        if not self._byte_tokens.keys() >= set(data):
+            return None
+        return [self._byte_tokens[byte] for byte in data]
+
+    @functools.cached_property
+    def _byte_tokens(self) -> dict[int, int]:
+        pieces = ((token, self.piece(token)) for token in range(self.n_tokens))
+        return {piece[0]: token for token, piece in pieces if len(piece) == 1}
 
     def _read_piece(self, token: int, *, special: bool) -> bytes:
         size = 64

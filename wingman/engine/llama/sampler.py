@@ -22,8 +22,8 @@ import numpy.typing as npt
 from wingman.config import SamplingParams
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.parts import LlamaParts, uses_dry
-from wingman.engine.llama.trigger import Trigger
-from wingman.engine.runner import SamplerStart, Tokenizer
+from wingman.engine.llama.trigger import Speller, Trigger
+from wingman.engine.runner import SamplerStart
 from wingman.engine.types import TokenProb
 
 MIROSTAT_M = 100
@@ -133,7 +133,7 @@ class Sampler:
         parts: LlamaParts,
         candidates: Candidates,
         vocab: Any,
-        tokenizer: Tokenizer,
+        tokenizer: Speller,
         n_ctx: int,
     ) -> None:
         self._n_probs = start.n_probs
