@@ -206,8 +206,8 @@ class TestTogether:
         with ThreadPoolExecutor(12) as pool:
             found = list(pool.map(lambda text: embed(bert, [text, "the world"]), texts))
         for one, vectors in zip(expected, found, strict=True):
-            assert np.allclose(vectors[0], one, atol=1e-4)
-        assert all(np.allclose(vectors[1], found[0][1], atol=1e-4) for vectors in found)
+            assert np.allclose(vectors[0], one, atol=1e-3)
+        assert all(np.allclose(vectors[1], found[0][1], atol=1e-3) for vectors in found)
 
     def test_a_big_request_goes_in_several_batches(self, server: ServerProcess) -> None:
         texts = [f"{index} " + "filler " * 30 for index in range(70)]

@@ -7,7 +7,7 @@ import dataclasses
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -153,9 +153,9 @@ class Gated(ScriptedRunner):
         super().__init__()
         self.gate = threading.Event()
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> list[bytes]:
+    def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         assert self.gate.wait(30)
-        return super().embed(inputs)
+        return super().embed(inputs, n_piece)
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ class ScriptedRunner:
         """The token a slot gets; what tests replace."""
         return next_token(self.cache[slot_id])
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> Iterator[list[bytes]]:
+    def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         assert sum(map(len, inputs)) <= N_EMBED
         self.embedded.append(len(inputs))
         for _ in range(sum(map(len, inputs)) // 8):

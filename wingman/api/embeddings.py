@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from wingman.api.prompts import read_prompts, refuse_endless
+from wingman.api.prompts import read_prompt, refuse_endless, split_prompts
 from wingman.api.ranges import Range, read_number
 from wingman.api.schema import EmbeddingRequest, RerankRequest, parse_body
 from wingman.engine.runner import Tokenizer
 from wingman.engine.types import ModelInfo, PoolingType
-from wingman.errors import InvalidRequest, NotSupported
+from wingman.errors import ContextOverflow, InvalidRequest, NotSupported
 from wingman.http.messages import Request, Response
 from wingman.services.residency import ServedModel
 
@@ -63,10 +64,10 @@ def _tokenize(served: ServedModel, fields: EmbeddingRequest) -> tuple[tuple[int,
     _refuse_many(raw, served, field)
     if fields.encoding_format not in (None, "float", "base64"):
         raise InvalidRequest("Field 'encoding_format': must be float or base64", "encoding_format")
-    inputs = read_prompts(raw, served.engine.tokenizer, served.info, field)
-    for index, tokens in enumerate(inputs):
-        _check_length(tokens, served.info, f"{field}[{index}]" if len(inputs) > 1 else field)
-    return tuple(map(tuple, inputs))
+    return tuple(
+        _checked(partial(read_prompt, item, served.engine.tokenizer, served.info, where), served.info, where)
+        for item, where in split_prompts(raw, field)
+    )
 
 
 def _refuse_many(raw: Any, served: ServedModel, field: str) -> None:
@@ -77,12 +78,19 @@ def _refuse_many(raw: Any, served: ServedModel, field: str) -> None:
         raise InvalidRequest(message, field)
 
 
-def _check_length(tokens: Sequence[int], info: ModelInfo, where: str) -> None:
-    if not tokens:
+def _checked(read: Callable[[], list[int]], info: ModelInfo, where: str) -> tuple[int, ...]:
+    """The tokens of an input; raises InvalidRequest naming it when there are none or too many."""
+    try:
+        tokens = read()
+        n_tokens = len(tokens)
+    except ContextOverflow as error:
+        n_tokens = error.n_prompt_tokens
+    if not n_tokens:
         raise InvalidRequest(f"Field '{where}': has no tokens", where)
-    if len(tokens) > info.embedding.n_max:
-        message = f"has {len(tokens)} tokens, which is too large; {info.embedding.n_max} are taken"
+    if n_tokens > info.embedding.n_max:
+        message = f"has {n_tokens} tokens, which is too large; {info.embedding.n_max} are taken"
         raise InvalidRequest(f"Field '{where}': {message} (--max-embed-tokens)", where)
+    return tuple(tokens)
 
 
 def _body(
@@ -164,12 +172,11 @@ def _rerank_inputs(served: ServedModel, fields: RerankRequest) -> tuple[tuple[in
     if not documents:
         raise InvalidRequest("Field 'documents': must be a list of strings, not empty", "documents")
     _refuse_many(documents, served, "documents")
-    inputs = []
-    for index, document in enumerate(documents):
-        tokens = _rerank_tokens(fields.query, document, served.engine.tokenizer, served.info)
-        _check_length(tokens, served.info, f"documents[{index}]")
-        inputs.append(tuple(tokens))
-    return tuple(inputs)
+    read = partial(_rerank_tokens, fields.query, tokenizer=served.engine.tokenizer, info=served.info)
+    return tuple(
+        _checked(partial(read, document), served.info, f"documents[{index}]")
+        for index, document in enumerate(documents)
+    )
 
 
 def _rerank_tokens(query: str, document: str, tokenizer: Tokenizer, info: ModelInfo) -> list[int]:

@@ -137,7 +137,7 @@ def read_lora(raw: list[Any] | None, default: tuple[float, ...]) -> tuple[float,
     scales = [0.0] * len(default)
     for index, item in enumerate(raw):
         where = f"lora[{index}]"
-        if not isinstance(item, dict) or not isinstance(item.get("id"), int):
+        if not isinstance(item, dict) or type(item.get("id")) is not int:
             raise InvalidRequest(f"Field '{where}': must be an object with id and scale", where)
         scale = item.get("scale", 0.0)
         if not 0 <= item["id"] < len(default):

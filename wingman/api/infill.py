@@ -132,7 +132,9 @@ def _read_side(raw: Any, field: str, served: ServedModel) -> list[int]:
     """`input_prefix` or `input_suffix`: a string, or a list of strings and token ids."""
     if raw is None:
         raise InvalidRequest(f"Field '{field}': is required", field)
-    items = raw if isinstance(raw, list) else [raw]
+    items = [raw] if isinstance(raw, str) else raw
+    if not isinstance(items, list):
+        raise InvalidRequest(f"Field '{field}': must be a string, or strings and token ids", field)
     tokens: list[int] = []
     for item in items:
         if isinstance(item, str):

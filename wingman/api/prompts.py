@@ -20,17 +20,19 @@ def refuse_endless(text: str, info: ModelInfo) -> None:
 def read_prompts(raw: Any, tokenizer: Tokenizer, info: ModelInfo, field: str = "prompt") -> list[list[int]]:
     """Token ids of each prompt: `raw` is one, or a list of several (tokenize_input_prompts of
     llama-server). Raises InvalidRequest naming the field at fault, ContextOverflow for an endless one."""
-    if isinstance(raw, list) and raw and not any(isinstance(item, int | float) for item in raw):
-        return [
-            _read_prompt(item, tokenizer, info, f"{field}[{index}]" if len(raw) > 1 else field)
-            for index, item in enumerate(raw)
-        ]
-    return [_read_prompt(raw, tokenizer, info, field)]
+    return [read_prompt(item, tokenizer, info, where) for item, where in split_prompts(raw, field)]
 
 
-def _read_prompt(raw: Any, tokenizer: Tokenizer, info: ModelInfo, where: str) -> list[int]:
-    """Token ids of one prompt. A string gets BOS as the model wants; in a list of strings and ids only a
-    leading string does."""
+def split_prompts(raw: Any, field: str) -> list[tuple[Any, str]]:
+    """Each prompt of a request with its path: a list with a number in it is one prompt, any other several."""
+    if not isinstance(raw, list) or not raw or any(isinstance(item, int | float) for item in raw):
+        return [(raw, field)]
+    return [(item, f"{field}[{index}]" if len(raw) > 1 else field) for index, item in enumerate(raw)]
+
+
+def read_prompt(raw: Any, tokenizer: Tokenizer, info: ModelInfo, where: str) -> list[int]:
+    """Token ids of one prompt, which is at `where` in the request. A string gets BOS as the model wants; in a
+    list of strings and ids only a leading string does."""
     raw = _unwrap(raw, where)
     if isinstance(raw, str):
         refuse_endless(raw, info)

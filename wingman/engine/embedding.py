@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from wingman.engine.types import Embedded, EmbedJob, Failed, FailureKind
+
+MIN_PIECE_TOKENS: Final = 32
+MAX_PIECE_TOKENS: Final = 256
+"""Tokens computed between two looks at what else there is to do, by models that can stop in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,17 @@ class EmbeddingQueue:
                 break
             batch.append(self._waiting.popleft())
         return batch
+
+    def is_wanted(self, batch: Sequence[EmbedItem]) -> bool:
+        """Whether anybody still waits for a part of it."""
+        return any(item.job_id in self._vectors for item in batch)
+
+    def piece_tokens(self, *, is_alone: bool) -> int:
+        """How many tokens to compute at once."""
+        if is_alone:
+            return MAX_PIECE_TOKENS
+        affordable = int(self._tokens_per_s * self._max_step_s)
+        return min(max(affordable, MIN_PIECE_TOKENS), MAX_PIECE_TOKENS)
 
     def apply(self, batch: Sequence[EmbedItem], vectors: Sequence[bytes], elapsed_s: float) -> None:
         """Keep the vectors of a batch that took `elapsed_s`; jobs that are complete with it end."""

@@ -165,9 +165,9 @@ class Runner(Protocol):
     def run(self, batch: Batch) -> Samples:
         """Compute a batch. Raises RunnerFailure."""
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> Iterator[list[bytes]]:
-        """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces: [] after each but the
-        last. Raises RunnerFailure."""
+    def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
+        """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens where
+        the model allows it: [] after each but the last. Raises RunnerFailure."""
 
     def save_slot(self, slot_id: int) -> bytes:
         """The serialised cache of a slot."""

@@ -201,7 +201,8 @@ class EngineThread:
             return
         elapsed = 0.0
         try:
-            pieces = runner.embed([item.tokens for item in batch])
+            n_piece = embeddings.piece_tokens(is_alone=is_alone)
+            pieces = runner.embed([item.tokens for item in batch], n_piece)
             vectors: list[bytes] = []
             while not vectors:
                 started = self.step_started_at = self._clock()
@@ -210,6 +211,8 @@ class EngineThread:
                 elapsed += self._clock() - started
                 if not vectors:
                     yield
+                    if not embeddings.is_wanted(batch):
+                        return
             embeddings.apply(batch, vectors, elapsed)
         except Exception as error:
             log.error("embedding failed: %s", error, exc_info=not isinstance(error, RunnerFailure))

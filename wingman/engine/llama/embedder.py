@@ -12,12 +12,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from wingman.config import ContextConfig
+from wingman.engine.embedding import MAX_PIECE_TOKENS
 from wingman.engine.llama import binding
 from wingman.engine.llama.batch import TokenBatch
 from wingman.engine.llama.binding import lib
@@ -25,8 +26,6 @@ from wingman.engine.llama.model import LlamaModel
 from wingman.engine.runner import MAX_EMBED_INPUTS, RunnerFailure
 from wingman.engine.types import EmbeddingInfo, PoolingType
 
-PIECE_TOKENS: Final = 256
-"""Tokens computed at once when the pooling is done here."""
 Matrix = npt.NDArray[np.float32]
 
 
@@ -68,9 +67,9 @@ class Embedder:
         """Allocate it with the parameters `base` changed for embeddings. Raises RunnerFailure when it does
         not fit."""
         self._info = info
-        is_cut = model.can_generate and info.pooling is not PoolingType.RANK
-        self._pools_there = not is_cut and info.pooling is not PoolingType.NONE
-        self._n_piece = min(info.n_max, PIECE_TOKENS) if is_cut else info.n_max
+        self._is_cut = model.can_generate and info.pooling is not PoolingType.RANK
+        self._pools_there = not self._is_cut and info.pooling is not PoolingType.NONE
+        self._n_piece = min(info.n_max, MAX_PIECE_TOKENS) if self._is_cut else info.n_max
         base.n_ctx = base.n_batch = info.n_max
         base.n_ubatch = self._n_piece
         base.n_seq_max = MAX_EMBED_INPUTS
@@ -83,14 +82,15 @@ class Embedder:
         self._memory: Any = lib.llama_get_memory(self._handle)
         self._batch = TokenBatch(self._n_piece)
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> Iterator[list[bytes]]:
+    def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit the context together, as float32 bytes; one vector per token when
-        nothing is pooled. Computed in pieces, [] after each but the last. Raises RunnerFailure."""
+        nothing is pooled. Computed in pieces of at most `n_piece` tokens if the pooling is done here, []
+        after each but the last. Raises RunnerFailure."""
         if self._memory:
             lib.llama_memory_clear(self._memory, False)
         rows: list[list[Matrix]] = [[] for _ in inputs]
         n_left = sum(map(len, inputs))
-        for piece in _pieces(inputs, self._n_piece):
+        for piece in _pieces(inputs, min(n_piece, self._n_piece) if self._is_cut else self._n_piece):
             self._decode(piece)
             n_left -= sum(len(part.tokens) for part in piece)
             if self._pools_there:

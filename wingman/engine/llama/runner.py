@@ -97,14 +97,14 @@ class LlamaRunner:
             self.parts,
             self._candidates,
             self._model.vocab,
-            self.tokenizer,
+            self._model.tokenizer,
             self.info.n_ctx_slot,
         )
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> Iterator[list[bytes]]:
-        """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces: [] after each but the
-        last. Raises RunnerFailure."""
-        return self._open_embedder().embed(inputs)
+    def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
+        """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens by
+        models that generate: [] after each but the last. Raises RunnerFailure."""
+        return self._open_embedder().embed(inputs, n_piece)
 
     def _open_embedder(self) -> Embedder:
         if self._embedder is None:
