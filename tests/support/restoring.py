@@ -74,6 +74,9 @@ def main(model: str, seed: str, count: str, *flags: str) -> None:
         except InvalidRequest:
             n_unread += 1
             continue
+        if turn % 50 == 0:
+            intact = unpack(whole, mark, runner.info.n_vocab)
+            assert runner.restore_slot(1, intact.state, len(intact.tokens)), "what came before is still there"
         held = slot.tokens if runner.restore_slot(1, slot.state, len(slot.tokens)) else ()
         n_restored += bool(held)
         n_refused += not held

@@ -34,8 +34,6 @@ _KV_TYPES: Final = {
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
 _STATE_HEAD_BYTES: Final = 8
 """A magic number and the slot's id, in front of what a slot file holds."""
-_LAST_POSITION: Final = 2**31 - 1
-"""What is at this position can't be removed: the end of a range is not part of it."""
 _MAX_STREAMS: Final = 256
 """LLAMA_MAX_SEQ."""
 
@@ -63,6 +61,7 @@ class LlamaContext:
         self.n_ubatch = int(lib.llama_n_ubatch(self.handle))
         self.n_ctx = int(lib.llama_n_ctx(self.handle))
         self.n_ctx_slot = min(int(lib.llama_n_ctx_seq(self.handle)), self.n_ctx)
+        self._has_cells = not lib.llama_model_is_recurrent(model.handle)
         self._batch = TokenBatch(self.n_batch)
         self._lora: tuple[float, ...] = ()
 
@@ -116,8 +115,9 @@ class LlamaContext:
         """Fill a slot from `read_slot` output; False, and the slot empty, when it does not fit this model or
         does not end with token `n_tokens` of a sequence."""
         lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
-        if _LAST_POSITION in _positions(state):
-            return False
+        positions = _positions(state) if self._has_cells else ()
+        if positions and not 0 <= min(positions) <= max(positions) < n_tokens:
+            return False  # the library takes cells anywhere, some of which can never be removed again
         head = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self.handle, slot_id))()
         lib.llama_state_seq_get_data(self.handle, head, len(head), slot_id)
         data = bytes(head[:_STATE_HEAD_BYTES]) + state
