@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.server import ServerProcess
-from wingman.api.schema import ChatRequest, CompletionRequest
+from wingman.app import MODEL_ROUTES
 
-PATHS = ("/completion", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+ROUTES: list[list[str]] = [
+    [path.replace("{id}", "0?action=save") for path in paths]
+    for method, paths, _, body, _ in MODEL_ROUTES
+    if method == "POST" and isinstance(body, type) and issubclass(body, msgspec.Struct)
+]
+"""The paths of each route whose body is an object."""
+TYPES: dict[str, type[msgspec.Struct]] = {
+    path.replace("{id}", "0?action=save"): body for _, paths, _, body, _ in MODEL_ROUTES for path in paths
+}
+PATHS = tuple(paths[0] for paths in ROUTES if "?" not in paths[0])
+TALK = [{"role": "user", "content": "Hi"}]
+GOOD: dict[str, Any] = {
+    "prompt": "Hi", "messages": TALK, "input": "Hi", "content": "Hi", "tokens": [5], "query": "a", "documents": ["b"],
+    "input_prefix": "a", "input_suffix": "b", "filename": "x", "n_predict": 1, "max_tokens": 1,
+    "max_output_tokens": 1,
+}  # fmt: skip
+"""Enough for every route; each skips what it doesn't know."""
 WRONG: dict[str, Any] = {"object": {"a": 1}, "string": "x", "array": [["x"]], "number": 1.5, "bool": True}
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tiny_model: Path) -> Iterator[ServerProcess]:
+    """A server that answers in no time, for thousands of requests."""
+    with ServerProcess(["--model", str(tiny_model), "-np", "2"]) as process:
+        yield process
 
 
 def check_error(status: int, body: dict[str, Any]) -> None:
@@ -19,7 +48,13 @@ def check_error(status: int, body: dict[str, Any]) -> None:
     assert status in (400, 501), body
     assert error["code"] == status
     assert error["message"]
-    assert error["type"] in ("invalid_request_error", "not_supported_error")
+    assert error["type"] in ("invalid_request_error", "exceed_context_size_error", "not_supported_error")
+
+
+def good_body(schema: type[msgspec.Struct]) -> dict[str, Any]:
+    names = schema.__struct_fields__
+    left_out = {"prompt"} if "input" in names else set()  # responses take a prompt by its id only
+    return {name: value for name, value in GOOD.items() if name in names and name not in left_out}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -50,18 +85,16 @@ def test_a_body_over_the_limit_is_a_413(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(WRONG))
-@pytest.mark.parametrize(
-    ("path", "schema"), [("/completion", CompletionRequest), ("/v1/chat/completions", ChatRequest)]
-)
-def test_every_field_with_a_wrong_type(server: ServerProcess, path: str, schema: type, kind: str) -> None:
-    good = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}
+@pytest.mark.parametrize("path", [paths[0] for paths in ROUTES])
+def test_every_field_with_a_wrong_type(tiny_server: ServerProcess, path: str, kind: str) -> None:
+    schema = TYPES[path]
     for field in schema.__struct_fields__:
-        response = server.post(path, good | {"n_predict": 1} | {field: WRONG[kind]})
+        response = tiny_server.post(path, good_body(schema) | {field: WRONG[kind]})
         if response.status_code != 200:
             body = response.json()
             check_error(response.status_code, body)
-            assert field in body["error"]["message"], body
-    assert server.complete("Still there", n_predict=1)["tokens_predicted"] == 1
+            assert response.status_code == 501 or field in json.dumps(body["error"]), body
+    assert tiny_server.complete("Still there", n_predict=1)["tokens_predicted"] == 1
 
 
 @pytest.mark.parametrize(
@@ -102,17 +135,61 @@ def test_odd_values_that_are_served(server: ServerProcess, fields: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"grammar": 'root ::= "a"'}, {"json_schema": {}}, {"response_format": {"type": "json_object"}}, {"n_probs": 3},
-     {"logprobs": True}, {"n": 2}, {"n_cmpl": 2}, {"prompt": ["a", "b"]}, {"tools": [{"type": "function"}]},
-     {"functions": [{}]}, {"suffix": "x"}],
+    ("path", "fields", "status"),
+    [("/v1/completions", {"best_of": 2}, 400), ("/v1/rerank", {}, 501), ("/slots/0?action=save", {}, 501),
+     ("/completion", {"prompt": {"prompt_string": "a", "multimodal_data": ["x"]}}, 400),
+     ("/v1/responses", {"previous_response_id": "r"}, 400), ("/v1/responses", {"background": True}, 400)],
 )  # fmt: skip
-def test_what_is_not_there_yet_says_so(server: ServerProcess, fields: dict[str, Any]) -> None:
-    is_chat = "tools" in fields or "functions" in fields
-    path = "/v1/chat/completions" if is_chat else "/v1/completions"
-    response = server.post(path, {"prompt": "Hi", "messages": [{"role": "user", "content": "x"}]} | fields)
-    assert response.status_code == 501
-    assert response.headers["x-should-retry"] == "false"
+def test_what_is_not_there_says_so(
+    server: ServerProcess, path: str, fields: dict[str, Any], status: int
+) -> None:
+    response = server.post(path, good_body(TYPES[path]) | fields)
+    assert response.status_code == status, response.text
+    check_error(status, response.json())
+    assert (response.headers.get("x-should-retry") == "false") == (status == 501)
+
+
+WORDS = st.sampled_from(
+    ["", "a", "root", 'root ::= "a"', "root ::= root", "object", "type", "function", "name", "text", "auto", "required",
+     "json_schema", "schema", "user", "role", "content", "string", "pattern", "^a+$", "$ref", "#", "\x00", "\U0001f600"]
+)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=12,
+)
+FREE_FIELDS = (
+    (
+        "/completion",
+        "logit_bias stop prompt grammar json_schema response_format samplers lora grammar_triggers",
+    ),
+    (
+        "/v1/chat/completions",
+        "messages tools tool_choice functions response_format json_schema logit_bias stop",
+    ),
+    ("/v1/embeddings", "input content"),
+    ("/v1/responses", "input tools tool_choice text"),
+    ("/v1/messages", "messages system tools tool_choice thinking"),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    case=st.sampled_from([(path, name) for path, names in FREE_FIELDS for name in names.split()]), value=JSON
+)
+def test_any_value_of_a_free_field_is_served_or_refused(
+    server: ServerProcess, case: tuple[str, str], value: Any
+) -> None:
+    path, name = case
+    content = json.dumps(good_body(TYPES[path]) | {name: value})  # NaN and Infinity too
+    response = _post(server, path, content)
+    if response.status_code != 200:
+        assert response.status_code == 400, response.text
+        check_error(400, response.json())
+
+
+def _post(server: ServerProcess, path: str, content: str) -> httpx.Response:
+    return server.client.post(path, content=content.encode("utf-8", "surrogatepass"))
 
 
 @pytest.mark.parametrize(
