@@ -11,7 +11,7 @@ import orjson
 from wingman.api.schema import SlotFileRequest, parse_json
 from wingman.api.settings import settings_of
 from wingman.engine.client import BULK_BYTES
-from wingman.engine.types import SlotJob, SlotMove, SlotView, StopType
+from wingman.engine.types import SlotChanged, SlotJob, SlotMove, SlotView, StopType
 from wingman.errors import EngineFailure, InvalidRequest, NotSupported, Unavailable
 from wingman.http.messages import Request, Response
 from wingman.services import slotfiles
@@ -136,7 +136,7 @@ async def _save(served: ServedModel, slot_id: int, path: Path) -> Response:
     started = time.monotonic()
     engine = served.engine
     done = await engine.change_slot(SlotJob(engine.new_job_id(), slot_id, SlotMove.SAVE))
-    n_written = await engine.work(len(done.state), _write, path, done.tokens, done.state, served)
+    n_written = await engine.work(len(done.state), _write, path, done, served)
     return Response(
         200,
         orjson.dumps(
@@ -151,8 +151,9 @@ async def _save(served: ServedModel, slot_id: int, path: Path) -> Response:
     )
 
 
-def _write(path: Path, tokens: tuple[int, ...], state: bytes, served: ServedModel) -> int:
-    data = slotfiles.pack(SavedSlot(tokens, state), slotfiles.fingerprint(served.info))
+def _write(path: Path, done: SlotChanged, served: ServedModel) -> int:
+    mark = slotfiles.fingerprint(served.info, done.lora)
+    data = slotfiles.pack(SavedSlot(done.tokens, done.state), mark)
     try:
         slotfiles.write(path, data)
     except OSError as error:
@@ -186,7 +187,8 @@ async def _restore(served: ServedModel, slot_id: int, path: Path) -> Response:
 
 def _read(path: Path, served: ServedModel) -> tuple[SavedSlot, int]:
     data = slotfiles.read(path, MAX_SLOT_FILE_BYTES)
-    saved = slotfiles.unpack(data, slotfiles.fingerprint(served.info), served.info.n_vocab)
+    mark = slotfiles.fingerprint(served.info, served.engine.lora_scales)
+    saved = slotfiles.unpack(data, mark, served.info.n_vocab)
     if len(saved.tokens) >= served.info.n_ctx_slot:
         raise InvalidRequest("the file holds more tokens than a slot takes", "filename")
     return saved, len(data)

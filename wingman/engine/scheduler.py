@@ -217,7 +217,7 @@ class Scheduler:
             slot.tokens[:] = tokens
             slot.lora = job.lora
         self._drop_slot_job(job)
-        self._events.append(SlotChanged(job.id, tokens, state))
+        self._events.append(SlotChanged(job.id, tokens, state, slot.lora))
 
     def refuse_slot_job(self, job: SlotJob, kind: FailureKind, message: str) -> None:
         """The change can't be done; a slot that was to be restored is empty."""

@@ -256,11 +256,13 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class SlotChanged:
-    """A SlotJob is done. `tokens` are those saved, restored or erased; `state` is what a save yields."""
+    """A SlotJob is done. `tokens` are those saved, restored or erased; `state` is what a save yields, `lora`
+    the adapter scales it was computed with."""
 
     job_id: int
     tokens: tuple[int, ...]
     state: bytes = b""
+    lora: tuple[float, ...] = ()
 
 
 class FailureKind(enum.Enum):

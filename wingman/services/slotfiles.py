@@ -51,11 +51,12 @@ def check_name(name: str | None) -> str:
     return name
 
 
-def fingerprint(info: ModelInfo) -> bytes:
-    """Tells models apart whose states would fit each other; 32 bytes."""
+def fingerprint(info: ModelInfo, lora: tuple[float, ...] = ()) -> bytes:
+    """Tells models apart whose states would fit each other, and scales of their adapters; 32 bytes."""
+    adapters = [(adapter.path, scale) for adapter, scale in zip(info.loras, lora, strict=False) if scale]
     facts = (info.description, info.n_vocab, info.n_embd, info.n_params, info.size_bytes, info.ftype)
     named = sorted(info.metadata.items())
-    return hashlib.sha256(repr((facts, named)).encode("utf-8", "replace")).digest()
+    return hashlib.sha256(repr((facts, named, adapters)).encode("utf-8", "replace")).digest()
 
 
 def pack(slot: SavedSlot, model: bytes) -> bytes:
@@ -83,7 +84,7 @@ def unpack(data: bytes, model: bytes, n_vocab: int) -> SavedSlot:
     if trailer[len(_TRAILER_MAGIC) : -_DIGEST_BYTES] != _digest(slot):
         raise _damaged()
     if trailer[-_DIGEST_BYTES:] != model:
-        raise InvalidRequest("the file was saved from another model", "filename")
+        raise InvalidRequest("the file was saved from another model, or with other adapters", "filename")
     return slot
 
 
