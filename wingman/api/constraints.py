@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 
+from wingman.api.ranges import INT32_MAX
 from wingman.api.schema import GenerationFields
 from wingman.api.settings import TRIGGER_TOKEN, TRIGGER_WORD
 from wingman.chat.constraint import schema_grammar, schema_rules
@@ -197,7 +198,7 @@ def _read_trigger(raw: Any, where: str, words: list[str], tokens: list[int]) -> 
         if not 0 < len(raw["value"]) <= MAX_TRIGGER_CHARS:
             raise InvalidRequest(f"Field '{where}.value': has 1 to {MAX_TRIGGER_CHARS} characters", where)
         words.append(raw["value"])
-    elif kind == TRIGGER_TOKEN and isinstance(raw.get("token"), int):
+    elif kind == TRIGGER_TOKEN and type(raw.get("token")) is int and 0 <= raw["token"] <= INT32_MAX:
         tokens.append(raw["token"])
     else:
         raise InvalidRequest(
