@@ -109,7 +109,7 @@ def test_output_belongs_to_the_grammar(
     except InvalidRequest:
         return  # ambiguous ones are not taken
     params = SamplingParams(temperature=temperature, seed=seed, top_k=0, top_p=1.0, min_p=0.0)
-    output = generate(runner, params, Constraint(grammar), n_predict=100)
+    output = generate(runner, params, Constraint(grammar), n_predict=300)
     assert output.ending == "eos"
     assert re.fullmatch(language[1], output.text.decode("utf-8")), (grammar, output.text)
 

@@ -13,11 +13,15 @@ from wingman.engine.types import Finished, Job, StopType, TokenProb
 
 
 def shown_probs(finished: Finished, job: Job, tokenizer: Tokenizer) -> tuple[TokenProb, ...]:
-    """All of an answer that was not streamed, less the tokens of its stop string."""
+    """All of an answer that was not streamed; after a stop string those whose text is seen."""
     if finished.stop_type is not StopType.WORD or job.stream:
         return finished.probs
-    n_dropped = len(tokenizer.tokenize(finished.stopping_word, add_special=False, parse_special=False))
-    return finished.probs[: max(len(finished.probs) - n_dropped, 0)]
+    n_bytes, start = len(finished.text.encode("utf-8", "replace")), 0
+    for index, prob in enumerate(finished.probs):
+        if start >= n_bytes:
+            return finished.probs[:index]
+        start += len(tokenizer.piece(prob.token))
+    return finished.probs
 
 
 def prob_items(probs: Sequence[TokenProb], tokenizer: Tokenizer, *, is_post: bool) -> list[dict[str, Any]]:

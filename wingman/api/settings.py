@@ -17,33 +17,39 @@ TRIGGER_WORD: Final = 1
 def settings_of(job: Job, config: Config, model: str) -> dict[str, Any]:
     """`generation_settings`: llama-server's keys, and those of the original Wingman."""
     sampling, constraint = job.sampling, job.constraint
+    return brief_settings(job, config, model) | {
+        "dry_sequence_breakers": sampling.dry_sequence_breakers,
+        "stop": job.stop,
+        "logit_bias": [
+            {"bias": None if math.isinf(bias) else bias, "token": token}
+            for token, bias in sampling.logit_bias
+        ],
+        "grammar": constraint.grammar if constraint else "",
+        "grammar_lazy": constraint.is_lazy if constraint else False,
+        "grammar_triggers": _triggers(constraint) if constraint else [],
+        "preserved_tokens": [],
+    }
+
+
+def brief_settings(job: Job, config: Config, model: str) -> dict[str, Any]:
+    """The same without what may be long, as /slots shows it."""
+    sampling = job.sampling
     settings = {
         field.name: getattr(sampling, field.name)
         for field in dataclasses.fields(sampling)
-        if field.name not in ("logit_bias", "samplers", "dry_sequence_breakers")
+        if field.name not in ("logit_bias", "dry_sequence_breakers")
     }
     return settings | {
-        "dry_sequence_breakers": sampling.dry_sequence_breakers,
-        "stop": job.stop,
         "max_tokens": job.n_predict,
         "n_predict": job.n_predict,
         "n_keep": job.n_keep,
         "n_discard": job.n_discard,
         "stream": job.stream,
-        "logit_bias": [
-            {"bias": None if math.isinf(bias) else bias, "token": token}
-            for token, bias in sampling.logit_bias
-        ],
         "n_probs": job.n_probs,
-        "grammar": constraint.grammar if constraint else "",
-        "grammar_lazy": constraint.is_lazy if constraint else False,
-        "grammar_triggers": _triggers(constraint) if constraint else [],
-        "preserved_tokens": [],
         "chat_format": "Content-only",
         "reasoning_format": "none",
         "reasoning_in_content": False,
         "generation_prompt": "",
-        "samplers": sampling.samplers,
         "speculative.types": "none",
         "timings_per_token": job.timings_per_token,
         "post_sampling_probs": job.post_sampling_probs,

@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 
 from wingman.api.schema import SlotFileRequest, parse_json
-from wingman.api.settings import settings_of
+from wingman.api.settings import brief_settings
 from wingman.engine.client import BULK_BYTES
 from wingman.engine.types import SlotChanged, SlotJob, SlotMove, SlotView, StopType
 from wingman.errors import EngineFailure, InvalidRequest, NotSupported, Unavailable
@@ -17,18 +17,6 @@ from wingman.http.messages import Request, Response
 from wingman.services import slotfiles
 from wingman.services.residency import ServedModel
 from wingman.services.slotfiles import SavedSlot
-
-_NOT_IN_PARAMS = frozenset(
-    {
-        "dry_sequence_breakers",
-        "stop",
-        "logit_bias",
-        "grammar",
-        "grammar_lazy",
-        "grammar_triggers",
-        "preserved_tokens",
-    }
-)
 
 
 def get_slots(served: ServedModel, request: Request) -> Response:
@@ -75,8 +63,7 @@ def _slot_body(served: ServedModel, slot: SlotView) -> dict[str, Any]:
     job = served.engine.last_job(slot.id)
     if job is None or slot.job_id != job.id:
         return body
-    settings = settings_of(job, served.config, served.name)
-    params = {key: value for key, value in settings.items() if key not in _NOT_IN_PARAMS}
+    params = brief_settings(job, served.config, served.name)
     return params | body | {
         "id_task": slot.job_id,
         "n_prompt_tokens": slot.n_held,
@@ -111,7 +98,8 @@ MAX_SLOT_FILE_BYTES: Final = 64 * 1024**3
 async def change_slot(served: ServedModel, request: Request) -> Response:
     """Save, restore or erase what a slot holds, once it is idle."""
     slot_id = request.params["id"]
-    if not (slot_id.isascii() and slot_id.isdigit()) or int(slot_id[:9]) >= served.info.n_slots:
+    is_number = slot_id.isascii() and slot_id.isdigit() and len(slot_id) < 10
+    if not is_number or int(slot_id) >= served.info.n_slots:
         raise InvalidRequest(f"Invalid slot ID: there are slots 0 to {served.info.n_slots - 1}", "id_slot")
     action = request.target.first("action")
     if action not in ("save", "restore", "erase"):

@@ -23,6 +23,10 @@ MAX_DERIVATIONS = 65_536
 """Ways to read the same text within a token; each costs llama.cpp up to some microseconds."""
 MAX_STACKS = 1_000
 """Different stacks at once: each is tried against the whole vocabulary."""
+MAX_BREADTH = 256
+"""Ranges of all character classes at once that match much: the whole vocabulary is compared with each."""
+_MUCH = 64
+"""Code points that are much."""
 _TOKEN_CHARS = 24
 """Longer tokens are, in general, runs of one character."""
 _RUN_CHARS = 128
@@ -66,12 +70,14 @@ class _Search:
 
     def run(self) -> None:
         """Visit every state that strings lead to."""
-        self._number(dict.fromkeys(self._machine.expanded(self._machine.start), 1), 0)
+        start = dict.fromkeys(self._machine.expanded(self._machine.start), 1)
+        self._machine.check(start)
+        self._number(start, 0)
         for counts, age in self._states:  # which grows meanwhile
             edges: list[tuple[int, int]] = []
             for char, following in self._machine.steps(counts):
                 self._machine.spend(_STEPS_PER_EDGE)
-                _check_counts(following)
+                self._machine.check(following)
                 if max(following.values()) > 1:
                     self._check_run(following, char)
                 edges.append(self._edge(following, age))
@@ -113,12 +119,7 @@ class _Search:
             counts = self._machine.step(counts, char)
             if sum(counts.values()) < 2:
                 return
-            _check_counts(counts)
-
-
-def _check_counts(counts: Counts) -> None:
-    if len(counts) > MAX_STACKS or sum(counts.values()) > MAX_DERIVATIONS:
-        raise BadGrammar("it is too ambiguous: one text has too many derivations")
+            self._machine.check(counts)
 
 
 class _Machine:
@@ -137,6 +138,7 @@ class _Machine:
         self._after: dict[int, tuple[int, ...]] = {}
         self._tops: list[tuple[int, ...]] = [()]
         self._n_steps = 0
+        self._breadths = [_breadth(symbol) for symbol in self._symbols]
         self.start = self._push(self._starts[-1][0], 0)
 
     def _add(self, sequence: Sequence) -> int:
@@ -144,6 +146,13 @@ class _Machine:
         self._symbols += sequence
         self._is_last += [i + 1 == len(sequence) for i in range(len(sequence))]
         return at if sequence else -1
+
+    def check(self, counts: Counts) -> None:
+        """Raise BadGrammar for stacks that llama.cpp takes too long to follow at once."""
+        if len(counts) > MAX_STACKS or sum(counts.values()) > MAX_DERIVATIONS:
+            raise BadGrammar("it is too ambiguous: one text has too many derivations")
+        if sum(self._breadths[self._stacks[stack][0]] for stack in counts if stack) > MAX_BREADTH:
+            raise BadGrammar("it is too ambiguous: too many character classes match at once")
 
     def expanded(self, stack: int) -> tuple[int, ...]:
         """The stacks with a character on top, or the empty one, that `stack` stands for."""
@@ -232,3 +241,10 @@ class _Machine:
         self._n_steps += n_steps
         if self._n_steps > MAX_STEPS:
             raise _OutOfStepsError
+
+
+def _breadth(symbol: Symbol) -> int:
+    """The ranges of a class that matches much; 0 for any other symbol."""
+    if isinstance(symbol, int) or sum(high - low + 1 for low, high in symbol) <= _MUCH:
+        return 0
+    return len(symbol)

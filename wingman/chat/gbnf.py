@@ -22,6 +22,8 @@ MAX_RULES = 20_000
 """Rules, groups and optional repetitions; the check for left recursion recurses over them."""
 MAX_SYMBOLS = 100_000
 """Symbols once repetitions are written out; 16 bytes each in every copy of the grammar."""
+MAX_RANGES = 256
+"""Ranges and characters in a class."""
 MAX_REPEATS = 2_000
 """llama.cpp refuses a larger least count, and takes a larger greatest one to be no limit."""
 
@@ -148,6 +150,9 @@ class _Parser:
             ranges.append((first, _code_point(high) if high else first))
         if not ranges:
             return []
+        if len(ranges) > MAX_RANGES:
+            self._fail("a character class is too long")
+        self._spend(len(ranges) // 4)  # llama.cpp compares with all, also with repeated ones
         return [_complement(_union(ranges)) if match[1] else _union(ranges)]
 
     def _group(self) -> int:

@@ -205,6 +205,8 @@ class Engine:
         that does not fit, NotSupported, Overloaded or Unavailable."""
         if not self.info.can_generate:
             raise NotSupported("this model has no slots to save; it only embeds")
+        if not 0 <= job.slot_id < self.info.n_slots:
+            raise InvalidRequest(f"there are {self.info.n_slots} slots", "id_slot")
         if len(self._answers) > self._context.max_queue + self.info.n_slots:
             raise Overloaded("too many requests wait for slots (--max-queue)", 1)
         job = dataclasses.replace(job, lora=self.lora_scales)
@@ -300,6 +302,7 @@ class Engine:
         work = self._loop.run_in_executor(executor, function, *args)
         self._at_work.add(work)
         work.add_done_callback(self._at_work.discard)
+        work.add_done_callback(_mark_seen)
         return await asyncio.shield(work)  # the thread goes on when the reader leaves; close waits for it
 
     @property
@@ -326,6 +329,12 @@ class Engine:
         """How long the current step has been running; 0 when none is."""
         started = self._thread.step_started_at
         return 0.0 if started is None else time.monotonic() - started
+
+
+def _mark_seen(work: asyncio.Future[Any]) -> None:
+    """What fails after its reader has left is nobody's concern."""
+    if not work.cancelled():
+        work.exception()
 
 
 def _make_llama_runner(model: ModelConfig, context: ContextConfig) -> Runner:

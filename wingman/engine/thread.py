@@ -1,6 +1,7 @@
 """The engine thread: drain the inbox, plan, run, apply, post. The only user of threading.
 
-A turn is one step of generation, then one batch of embeddings, so that neither starves the other.
+Generation and embeddings get the same time when both have work: a piece of embeddings, then steps for
+as long.
 
 It owns the runner and the scheduler from birth to death. It blocks only on an empty inbox, never
 on the loop. What it posts is frozen; `snapshot` and `step_started_at` are single values that it
@@ -134,11 +135,14 @@ class EngineThread:
         self._publish(scheduler, self._clock())
         self._post(Loaded(runner.info, runner.tokenizer, runner.parts))
         work: Iterator[None] = iter(())
+        owed_s = 0.0
+        """Time that generation gets before the next piece of embeddings."""
         while self._drain(scheduler, embeddings, wait=scheduler.is_idle and embeddings.is_idle):
             self._change_slots(runner, scheduler)
             batch = scheduler.plan(self._clock())
             if batch is not None:
                 samples = self._compute(runner, scheduler, batch)
+                owed_s -= self._clock() - batch.planned_at
                 if not self._drain(scheduler, embeddings, wait=False):
                     return
                 if samples is not None:
@@ -149,8 +153,12 @@ class EngineThread:
             if embeddings.is_idle:
                 work = iter(())  # whoever wanted it has gone
                 continue
+            if owed_s > 0 and batch is not None:
+                continue
+            started = self._clock()
             if next(work, _DONE) is _DONE:
                 work = self._embed(runner, embeddings, is_alone=scheduler.is_idle)
+            owed_s = self._clock() - started
             self._flush(scheduler, embeddings)
 
     def _drain(self, scheduler: Scheduler, embeddings: EmbeddingQueue, *, wait: bool) -> bool:

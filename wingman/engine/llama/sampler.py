@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -60,6 +61,10 @@ _LOWEST: Final = float(np.finfo(np.float32).min)
 """The logarithm reported for probability 0, as llama-server does."""
 
 
+SLOW_DRAW_S: Final = 0.5
+MAX_SLOW_DRAWS: Final = 8
+"""A grammar that takes longer than this more often holds everybody up: its output ends. A usual one takes
+some 10 ms for a whole vocabulary."""
 N_LIKELIEST: Final = 256
 """Tokens among which an allowed one is looked for first."""
 
@@ -136,6 +141,7 @@ class Sampler:
         tokenizer: Speller,
         n_ctx: int,
     ) -> None:
+        self._n_slow = 0
         self._n_probs = start.n_probs
         self._is_post = start.post_sampling_probs
         self._candidates = candidates
@@ -165,8 +171,10 @@ class Sampler:
         token = self._choose(logits)
         is_bound = self._grammar is not None and self._trigger is None
         if is_bound and not self._is_allowed(token):
+            started = time.monotonic()
             token = self._choose(logits, self._grammar)
-            if not self._is_allowed(token):
+            self._n_slow += time.monotonic() - started > SLOW_DRAW_S
+            if self._n_slow > MAX_SLOW_DRAWS or not self._is_allowed(token):
                 return Draw(-1)
         prob = self._prob_after(token) if self._is_post else self._prob_before(token, logits)
         if self._chain is not None:
