@@ -81,8 +81,8 @@ ACCEPTED: Final = {
     "probabilities/more than the vocabulary/*": "--max-probs bounds the alternatives",
     "probabilities/broken characters/completion_probabilities": "each token has its item; llama-server loses those "
     "that end within a character",
-    "schema/reference, chat/choices/*content": "cut off by the limit: white space at the cut is left out",
-    "keys/stream: /v1/completions/*__verbose/*": "what the chunks carried is not said again in the last one",
+    "schema/reference, chat/*content": "cut off by the limit: white space at the cut is left out",
+    "keys/stream: /v1/completions/*verbose*": "what the chunks carried is not said again in the last one",
     "slots/nothing to predict/content": "n_predict 0 predicts nothing; llama-server one token",
     "embeddings//embeddings/": "`input` gets OpenAI's object on this path too, as SDKs without /v1 expect",
     "errors/*: no role/*": _CLIENT,

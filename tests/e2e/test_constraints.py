@@ -264,10 +264,14 @@ class TestLazy:
 
     def test_a_token_beyond_the_vocabulary_never_comes(self, server: ServerProcess) -> None:
         free = server.complete(self.PROMPT, n_predict=8)["content"]
-        for token in (-1, 10**6, 2**40):
-            triggers = [{"type": 0, "token": token}]
-            fields = {"grammar": 'root ::= "a"', "grammar_lazy": True, "grammar_triggers": triggers}
-            assert server.complete(self.PROMPT, n_predict=8, **fields)["content"] == free
+        fields = {"grammar": 'root ::= "a"', "grammar_lazy": True}
+        triggers = [{"type": 0, "token": 10**6}]
+        assert (
+            server.complete(self.PROMPT, n_predict=8, grammar_triggers=triggers, **fields)["content"] == free
+        )
+        for token in (-1, 2**40, True):
+            body = {"prompt": "x", "grammar_triggers": [{"type": 0, "token": token}], **fields}
+            assert server.post("/completion", body).status_code == 400
 
 
 class TestPrecedence:

@@ -41,7 +41,7 @@ class Dialogue:
     reasoning: ReasoningMode
     tags: ReasoningTags | None
     starts_in_reasoning: bool
-    is_json: bool
+    is_json: bool = False
     """The answer is bound to a JSON schema."""
 
     def parser(self) -> OutputParser | FencedParser:
