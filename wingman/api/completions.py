@@ -11,7 +11,7 @@ from wingman.api.bodies import encode_answers
 from wingman.api.infill import complete_between, side_tokens
 from wingman.api.naming import naming_of
 from wingman.api.native import Completion, answer_natively, build_completion
-from wingman.api.probabilities import shown_probs
+from wingman.api.probabilities import native_probs
 from wingman.api.prompts import read_prompts
 from wingman.api.schema import CompletionRequest, parse_body
 from wingman.api.streams import DONE, encode, event_stream
@@ -52,7 +52,7 @@ def _choices(prepared: Completion, results: Sequence[Finished]) -> list[dict[str
     choices = []
     for index, (job, finished) in enumerate(zip(prepared.jobs, results, strict=True)):
         echo = prepared.prompts[index] if _echoes(prepared) else ""
-        logprobs = prepared.logprobs(shown_probs(finished, job, tokenizer), len(echo))
+        logprobs = prepared.logprobs(native_probs(finished, job, tokenizer), len(echo))
         reason = shapes.finish_reason(finished)
         choices.append(shapes.text_choice(index, echo + finished.text, reason, logprobs))
     return choices

@@ -10,7 +10,7 @@ from wingman.api import shapes
 from wingman.api.bodies import encode_answers
 from wingman.api.constraints import read_constraint
 from wingman.api.generation import JobMaker
-from wingman.api.probabilities import native_items, shown_probs, text_logprobs
+from wingman.api.probabilities import native_items, native_probs, text_logprobs
 from wingman.api.schema import GenerationFields
 from wingman.api.settings import settings_of
 from wingman.api.streams import encode, event_stream
@@ -48,7 +48,7 @@ class Completion:
             return_tokens=bool(self.fields.return_tokens),
         )
         if job.n_probs and not job.stream:
-            probs = shown_probs(finished, job, served.engine.tokenizer)
+            probs = native_probs(finished, job, served.engine.tokenizer)
             if probs:
                 body["completion_probabilities"] = self.native_probs(probs)
         return shapes.select_fields(body, self.fields.response_fields)

@@ -12,8 +12,18 @@ from wingman.engine.runner import Tokenizer
 from wingman.engine.types import Finished, Job, StopType, TokenProb
 
 
+def native_probs(finished: Finished, job: Job, tokenizer: Tokenizer) -> tuple[TokenProb, ...]:
+    """All of a native answer that was not streamed, less as many as its stop string has tokens, as
+    llama-server does it."""
+    if finished.stop_type is not StopType.WORD or job.stream:
+        return finished.probs
+    n_dropped = len(tokenizer.tokenize(finished.stopping_word, add_special=False, parse_special=False))
+    return finished.probs[: max(len(finished.probs) - n_dropped, 0)]
+
+
 def shown_probs(finished: Finished, job: Job, tokenizer: Tokenizer) -> tuple[TokenProb, ...]:
-    """All of an answer that was not streamed; after a stop string those whose text is seen."""
+    """All of a chat answer that was not streamed; after a stop string those whose text is seen, as in a
+    stream."""
     if finished.stop_type is not StopType.WORD or job.stream:
         return finished.probs
     n_bytes, start = len(finished.text.encode("utf-8", "replace")), 0
