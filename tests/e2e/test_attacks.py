@@ -39,3 +39,9 @@ def test_probabilities_are_those_of_the_text_that_is_seen(server: ServerProcess)
     choice = server.post("/v1/chat/completions", body).json()["choices"][0]
     shown = b"".join(bytes(item["bytes"]) for item in choice["logprobs"]["content"])
     assert shown.decode().startswith(choice["message"]["content"])
+
+
+def test_more_prompts_than_may_ever_wait_are_refused_unread(server: ServerProcess) -> None:
+    response = server.post("/completion", {"prompt": ["x"] * 100_000, "n_predict": 1})
+    assert response.status_code == 400
+    assert "--max-queue" in response.json()["error"]["message"]

@@ -12,7 +12,7 @@ from wingman.api.infill import complete_between, side_tokens
 from wingman.api.naming import naming_of
 from wingman.api.native import Completion, answer_natively, build_completion
 from wingman.api.probabilities import native_probs
-from wingman.api.prompts import read_prompts
+from wingman.api.prompts import read_prompts, split_prompts
 from wingman.api.schema import CompletionRequest, parse_body
 from wingman.api.streams import DONE, encode, event_stream
 from wingman.engine.stream import JobStream
@@ -74,6 +74,7 @@ async def _prepare(served: ServedModel, request: Request) -> Completion:
 def _tokenize(served: ServedModel, fields: CompletionRequest) -> Completion:
     if fields.suffix:
         return _between(served, fields)
+    served.engine.check_count(len(split_prompts(fields.prompt, "prompt")))
     prompts = read_prompts(fields.prompt, served.engine.tokenizer, served.info)
     return build_completion(served, fields, prompts)
 

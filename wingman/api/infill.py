@@ -67,7 +67,7 @@ def complete_between(
         prefix,
         suffix,
         start,
-        _extra_tokens(extra, fim_of(info), tokenizer, room),
+        _extra_tokens(extra, fim_of(info), tokenizer, room, max(1, room * info.max_piece_bytes)),
         fim_of(info),
         n_batch=n_batch,
         spm=served.config.context.spm_infill,
@@ -95,19 +95,25 @@ def infill_tokens(
 
 
 def _extra_tokens(
-    chunks: Sequence[tuple[str, str]], fim: FimTokens, tokenizer: Tokenizer, room: int
+    chunks: Sequence[tuple[str, str]], fim: FimTokens, tokenizer: Tokenizer, room: int, n_chars: int
 ) -> list[int]:
-    """Other files in the repository layout when the model knows it, else as snippets; the last `room`."""
+    """Other files in the repository layout when the model knows it, else as snippets; the last `room`. Read
+    from the end, and no more than that."""
 
     def plain(text: str) -> list[int]:
         return tokenizer.tokenize(text, add_special=False, parse_special=False)
 
-    tokens: list[int] = [fim.repo, *plain(_REPO_NAME)] if fim.repo >= 0 else []
-    for name, text in chunks:
-        tokens += [fim.sep, *plain(name + "\n")] if fim.sep >= 0 else plain(_SNIPPET)
-        tokens += plain(text)
-    if fim.sep >= 0:
-        tokens += [fim.sep, *plain(_FILE_NAME)]
+    parts = [[fim.sep, *plain(_FILE_NAME)]] if fim.sep >= 0 else []
+    n_tokens = sum(map(len, parts))
+    for name, text in reversed(chunks):
+        if n_tokens >= room:
+            break
+        head = [fim.sep, *plain((name + "\n")[-n_chars:])] if fim.sep >= 0 else plain(_SNIPPET)
+        parts.append([*head, *plain(text[-n_chars:])])
+        n_tokens += len(parts[-1])
+    if fim.repo >= 0:
+        parts.append([fim.repo, *plain(_REPO_NAME)])
+    tokens = [token for part in reversed(parts) for token in part]
     return tokens[max(0, len(tokens) - room) :] if room else []
 
 

@@ -168,9 +168,7 @@ class Engine:
             raise NotSupported("this model does not generate text; it only embeds")
         for job in jobs:
             self._check(job)
-        n_at_most = self.info.n_slots + self._context.max_queue
-        if len(jobs) > n_at_most:
-            raise InvalidRequest(f"a request may ask for {n_at_most} completions (--parallel, --max-queue)")
+        self.check_count(len(jobs))
         self._admission.offer({job.id: len(job.prompt) for job in jobs})
         stream = JobStream(jobs, self._context.max_unread, self._forget)
         for job in jobs:
@@ -178,6 +176,12 @@ class Engine:
         self._no_jobs.clear()
         self._thread.send(Submit(jobs))
         return stream
+
+    def check_count(self, n_jobs: int) -> None:
+        """Raise InvalidRequest when a request asks for more completions than may ever wait."""
+        n_at_most = self.info.n_slots + self._context.max_queue
+        if n_jobs > n_at_most:
+            raise InvalidRequest(f"a request may ask for {n_at_most} completions (--parallel, --max-queue)")
 
     def _check(self, job: Job) -> None:
         if not job.prompt:
@@ -201,8 +205,8 @@ class Engine:
 
     async def change_slot(self, job: SlotJob) -> SlotChanged:
         """Save, restore or erase a slot once it is idle; what is restored counts as computed with the default
-        adapter scales. Raises EngineFailure, InvalidRequest for a state
-        that does not fit, NotSupported, Overloaded or Unavailable."""
+        adapter scales. Raises EngineFailure, InvalidRequest for a state that does not fit, NotSupported,
+        Overloaded or Unavailable."""
         if not self.info.can_generate:
             raise NotSupported("this model has no slots to save; it only embeds")
         if not 0 <= job.slot_id < self.info.n_slots:
@@ -332,9 +336,10 @@ class Engine:
 
 
 def _mark_seen(work: asyncio.Future[Any]) -> None:
-    """What fails after its reader has left is nobody's concern."""
-    if not work.cancelled():
-        work.exception()
+    """What fails after its reader has left is told to nobody else."""
+    error = None if work.cancelled() else work.exception()
+    if error is not None and not isinstance(error, WingmanError):
+        log.debug("text work failed", exc_info=error)
 
 
 def _make_llama_runner(model: ModelConfig, context: ContextConfig) -> Runner:
