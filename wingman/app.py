@@ -211,9 +211,9 @@ class App:
 
     async def _openapi(self, _: Request) -> Response:
         """This document."""
-        return Response(200, await asyncio.to_thread(self._document))
+        return Response(200, await asyncio.to_thread(lambda: self._document))
 
-    @functools.cache  # noqa: B019 - one application a process
+    @functools.cached_property
     def _document(self) -> bytes:
         return orjson.dumps(openapi_document(self.describe()))
 

@@ -142,3 +142,13 @@ async def test_unread_probabilities_count_too() -> None:
     for _ in range(2):
         stream.deliver(TextDelta(0, "", (1,), 1, None, (TokenProb(1, -1.0, top),)))
     assert forgotten == [0]
+
+
+async def test_what_came_before_a_failure_is_read_before_it() -> None:
+    stream, _ = stream_of()
+    stream.deliver(delta(0, "said"))
+    stream.deliver(Failed(1, FailureKind.ENGINE, "why"))
+    events = stream.__aiter__()
+    assert await anext(events) == delta(0, "said")
+    with pytest.raises(EngineFailure):
+        await anext(events)

@@ -49,8 +49,11 @@ async def apply_template(served: ServedModel, request: Request) -> Response:
     """The prompt a conversation becomes."""
     fields = await parse_body(request.body, ChatRequest)
     check_turn(fields)
-    prompt, _, _ = await served.engine.work(len(request.body), render_turn, served, fields)
-    return Response(200, orjson.dumps({"prompt": prompt}))
+    return Response(200, await served.engine.work(len(request.body), _rendered, served, fields))
+
+
+def _rendered(served: ServedModel, fields: ChatRequest) -> bytes:
+    return orjson.dumps({"prompt": render_turn(served, fields)[0]})
 
 
 async def input_tokens(served: ServedModel, request: Request) -> Response:

@@ -14,12 +14,14 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Final
 
 import msgspec
 import orjson
 
 from protocol import encode_event
+from wingman.api.bodies import encode_answers
 from wingman.api.chat import new_call_id
 from wingman.api.probabilities import shown_probs
 from wingman.api.ranges import COUNT, read_number
@@ -270,13 +272,19 @@ async def reply(writer: PartWriter) -> Answer:
     if turn.jobs[0].stream:
         return event_stream(_events(writer, stream), stream, turn.ping_s, writer.fail)
     async with stream:
-        [finished] = await stream.results()
+        results = await stream.results()
+    return Response(200, await encode_answers(turn.served, results, partial(_whole, writer, results[0])))
+
+
+def _whole(writer: PartWriter, finished: Finished) -> Body:
+    """The body of an answer that is not streamed."""
+    turn = writer.turn
     probs = shown_probs(finished, turn.jobs[0], turn.served.engine.tokenizer)
     if finished.stop_type is StopType.EOS:
         probs = probs[:-1]  # of the end itself, which no delta of a stream shows
     writer.take(TextDelta(finished.job_id, finished.text, finished.tokens, len(finished.tokens), probs=probs))
     writer.take(finished)
-    return Response(200, orjson.dumps(writer.body()))
+    return writer.body()
 
 
 async def _events(writer: PartWriter, stream: JobStream) -> AsyncGenerator[bytes, None]:

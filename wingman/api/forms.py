@@ -9,7 +9,6 @@ from typing import Final
 
 import orjson
 
-from wingman.api.schema import INLINE_PARSE_BYTES
 from wingman.errors import InvalidRequest, PayloadTooLarge
 from wingman.http.messages import Request
 
@@ -29,8 +28,6 @@ async def read_form(request: Request) -> bytes:
     if len(request.body) > MAX_FORM_BYTES:
         raise PayloadTooLarge(f"a form may have {MAX_FORM_BYTES} bytes; send JSON instead")
     head = b"content-type: " + (request.headers.get(b"content-type") or b"") + b"\r\n\r\n"
-    if len(request.body) <= INLINE_PARSE_BYTES:
-        return _fields(head + request.body)
     return await asyncio.to_thread(_fields, head + request.body)
 
 

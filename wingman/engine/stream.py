@@ -87,10 +87,11 @@ class JobStream:
         job failed of."""
         while self._n_running:
             events = await self._next()
-            for event in events:
-                if isinstance(event, Failed):
-                    raise failure(event)
-                self._n_running -= isinstance(event, Finished)
+            failed = next((event for event in events if isinstance(event, Failed)), None)
+            if failed is not None:
+                yield events[: events.index(failed)]
+                raise failure(failed)
+            self._n_running -= sum(isinstance(event, Finished) for event in events)
             yield events
 
     async def __aiter__(self) -> AsyncIterator[JobEvent]:

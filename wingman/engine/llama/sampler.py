@@ -166,6 +166,8 @@ class Sampler:
         """The next token from the logits of batch position `index`; the sampler remembers it."""
         if self._chain is not None and self._grammar is None and not (self._n_probs and self._is_post):
             token = int(lib.llama_sampler_sample(self._chain, context, index))
+            if not self._n_probs:
+                return Draw(token)
             return Draw(token, self._prob_before(token, self._logits(context, index)))
         logits = self._logits(context, index)
         token = self._choose(logits)
