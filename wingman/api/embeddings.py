@@ -162,7 +162,9 @@ async def rerank(served: ServedModel, request: Request) -> Response:
     inputs = await served.engine.work(len(request.body), _rerank_inputs, served, fields)
     vectors = await served.engine.embed(inputs)
     scores = [float(np.frombuffer(data, "<f4")[0]) for data in vectors]
-    return Response(200, _ranking(served, fields, scores, sum(map(len, inputs))))
+    n_tokens = sum(map(len, inputs))
+    ranking = await served.engine.work(len(request.body), _ranking, served, fields, scores, n_tokens)
+    return Response(200, ranking)
 
 
 def _rerank_inputs(served: ServedModel, fields: RerankRequest) -> tuple[tuple[int, ...], ...]:
