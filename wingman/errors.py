@@ -44,6 +44,26 @@ class Unauthenticated(WingmanError):
     """No API key, or a wrong one."""
 
 
+class MissingParameter(WingmanError):
+    """A query lacks a parameter; `field` names it."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"missing parameter: {field}")
+        self.field = field
+
+
+class Conflict(WingmanError):
+    """It can't be done in the state that things are in."""
+
+
+class UpstreamFailure(WingmanError):
+    """The Hub did not answer, or not as it should."""
+
+
+class InsufficientRoom(WingmanError):
+    """It does not fit on the disk or in memory."""
+
+
 class Forbidden(WingmanError):
     """The caller is known but may not do this."""
 

@@ -19,6 +19,10 @@ log = logging.getLogger("wingman.api")
 _TABLE: Final[dict[type[errors.WingmanError], tuple[int, str]]] = {
     errors.InvalidRequest: (400, "invalid_request_error"),
     errors.ContextOverflow: (400, "exceed_context_size_error"),
+    errors.MissingParameter: (422, "invalid_request_error"),
+    errors.Conflict: (409, "conflict_error"),
+    errors.UpstreamFailure: (502, "upstream_error"),
+    errors.InsufficientRoom: (507, "insufficient_storage_error"),
     errors.PayloadTooLarge: (413, "invalid_request_error"),
     errors.Unauthenticated: (401, "authentication_error"),
     errors.Forbidden: (403, "permission_error"),
@@ -39,7 +43,7 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         log.error("a request failed unexpectedly", exc_info=error)
         return 500, {"error": {"code": 500, "message": "internal server error", "type": kind}}
     body: dict[str, Any] = {"code": status, "message": error.message, "type": kind}
-    if isinstance(error, errors.InvalidRequest) and error.field is not None:
+    if isinstance(error, errors.InvalidRequest | errors.MissingParameter) and error.field is not None:
         body["param"] = error.field
     if isinstance(error, errors.ContextOverflow):
         body |= {"n_prompt_tokens": error.n_prompt_tokens, "n_ctx": error.n_ctx}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from protocol import Headers, Target
 
@@ -51,4 +52,33 @@ class EventStream:
     headers: tuple[tuple[str, str], ...] = ()
 
 
-Answer = Response | EventStream
+class Socket(Protocol):
+    """An open WebSocket, as an endpoint sees it; the loop thread only."""
+
+    peer: str
+
+    async def receive(self) -> str | None:
+        """The next text message; None once the peer has closed or is gone. Pings, fragments, the
+        message cap and bad input are dealt with below."""
+
+    def push(self, frame: bytes) -> bool:
+        """Hand an encoded frame to the transport without waiting; False when its buffer is full: then
+        wait for `drain` before the next. Dropped once the socket is closed."""
+
+    async def drain(self) -> None:
+        """Wait until the peer has taken enough to go on, or is gone. Raises nothing but CancelledError."""
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Begin the closing handshake (RFC 6455, 7); `receive` then ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """The answer to a WebSocket handshake: accept it and let `serve` have the socket until it returns."""
+
+    serve: Callable[[Socket], Awaitable[None]]
+    subprotocol: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+Answer = Response | EventStream | Upgrade
