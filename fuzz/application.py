@@ -115,6 +115,7 @@ class Served:
             if isinstance(answer, Response):
                 result = answer.status, answer.content_type, answer.body
             else:
+                assert isinstance(answer, EventStream), answer  # no route here is a WebSocket
                 result = 200, "text/event-stream", await _drain(answer)
             await self._check_idle()
             if not keeps:

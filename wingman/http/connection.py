@@ -34,7 +34,7 @@ from protocol import (
     encode_comment,
     parse_target,
 )
-from wingman.http.messages import Answer, EventStream, Request, Response
+from wingman.http.messages import Answer, EventStream, Request, Response, Upgrade
 from wingman.http.stream import ByteStream, WriteTimeout, close_gently
 
 log = logging.getLogger("wingman.http")
@@ -212,6 +212,8 @@ class _Connection:
             if isinstance(answer, EventStream):
                 await self._send_events(answer)
                 return 200
+            if isinstance(answer, Upgrade):
+                answer = self._app.refuse(501, "WebSockets are not spoken here yet")
             self._send_response(answer)
             await self._stream.drain(self._limits.write_timeout_s)
             return answer.status
