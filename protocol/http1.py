@@ -7,7 +7,8 @@ error the caller asks `can_answer` and `can_reuse`, which read h11's own states;
 no flags to fall out of step.
 
 Call order: `receive_data` with whatever arrived (b"" at end of file), then `next_event`
-until it says NEED_DATA or PAUSED. After a finished response, `start_next_cycle`.
+until it says NEED_DATA or PAUSED. After a finished response, `start_next_cycle`. After a head with
+status 101 only `trailing_data` is left to be asked for.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Http1Connection:
         Raises RemoteProtocolError (413) when more than `max_pipelined_bytes` arrive while a
         response is still owed.
         """
-        if data and self._h11.their_state in (h11.DONE, h11.MUST_CLOSE):
+        if data and self._h11.their_state in (h11.DONE, h11.MUST_CLOSE, h11.MIGHT_SWITCH_PROTOCOL):
             self._paused_bytes += len(data)
             if self._paused_bytes > self.limits.max_pipelined_bytes:
                 raise RemoteProtocolError("too many bytes sent ahead of the response", 413)
@@ -141,7 +142,8 @@ class Http1Connection:
     def send(self, event: ResponseHead | BodyChunk | EndOfResponse) -> bytes:
         """Bytes to write for `event`. The body of an answer to HEAD is dropped here.
 
-        Raises LocalProtocolError when the event does not fit the state, e.g. a second head.
+        Raises LocalProtocolError when the event does not fit the state, e.g. a second head, or status
+        101 for a request that asked for no upgrade.
         """
         try:
             return self._h11.send(self._untranslate(event)) or b""
@@ -151,7 +153,8 @@ class Http1Connection:
     def _untranslate(self, event: ResponseHead | BodyChunk | EndOfResponse) -> h11.Event:
         if isinstance(event, ResponseHead):
             reason = _REASONS.get(event.status, b"")
-            return h11.Response(status_code=event.status, headers=list(event.headers), reason=reason)
+            kind = h11.InformationalResponse if event.status == 101 else h11.Response
+            return kind(status_code=event.status, headers=list(event.headers), reason=reason)
         if isinstance(event, BodyChunk):
             return h11.Data(data=b"" if self._method == "HEAD" else event.data)
         return h11.EndOfMessage()
@@ -167,6 +170,11 @@ class Http1Connection:
             raise LocalProtocolError(str(error)) from None
 
     @property
+    def trailing_data(self) -> bytes:
+        """What arrived after the request: the first bytes of the new protocol after an upgrade."""
+        return self._h11.trailing_data[0]
+
+    @property
     def has_partial_head(self) -> bool:
         """Whether some bytes of the next request have arrived."""
         return self._h11.their_state is h11.IDLE and bool(self._h11.trailing_data[0])
@@ -174,7 +182,7 @@ class Http1Connection:
     @property
     def is_request_complete(self) -> bool:
         """Whether nothing of the current request is outstanding; else the connection can't be reused."""
-        return self._h11.their_state is h11.DONE
+        return self._h11.their_state in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL)
 
     @property
     def wants_continue(self) -> bool:
