@@ -1,0 +1,51 @@
+"""How fast bytes may come, and how fast they do. Pure; the clock's time is passed in."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+_WINDOW_S: Final = 3.0
+
+
+class RateLimit:
+    """Shares a bandwidth between all that ask; 0 bytes a second: no limit."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at_s = 0.0
+
+    def take(self, n_bytes: int, now_s: float) -> float:
+        """Book bytes that came; the seconds to wait before asking for more."""
+        if not self._bytes_per_s:
+            return 0.0
+        self._free_at_s = max(self._free_at_s, now_s) + n_bytes / self._bytes_per_s
+        return self._free_at_s - now_s
+
+
+class Speed:
+    """Bytes a second over the last three seconds."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def update(self, position: int, now_s: float) -> float:
+        """Note how far it is; bytes a second. A step back starts anew."""
+        samples = self._samples
+        if samples and position < samples[-1][1]:
+            samples.clear()
+        samples.append((now_s, position))
+        while len(samples) > 2 and samples[1][0] <= now_s - _WINDOW_S:
+            samples.popleft()
+        (first_s, first), elapsed_s = samples[0], now_s - samples[0][0]
+        return (position - first) / elapsed_s if elapsed_s > 0 and first_s < now_s else 0.0
+
+
+def speed_text(bytes_per_s: float) -> str:
+    """As DownloadItem shows it, such as `12.3 MB/s`."""
+    return f"{bytes_per_s / 1e6:.1f} MB/s"
+
+
+def size_text(n_bytes: int) -> str:
+    """For people, in decimal units."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
