@@ -34,6 +34,7 @@ from protocol.events import (
 )
 from protocol.headers import Headers
 
+_MIGHT_SWITCH: Final = h11.MIGHT_SWITCH_PROTOCOL  # type: ignore[attr-defined]  # documented, not in __all__
 _REASONS: Final = {status.value: status.phrase.encode("ascii") for status in http.HTTPStatus}
 
 
@@ -63,7 +64,7 @@ class Http1Connection:
         Raises RemoteProtocolError (413) when more than `max_pipelined_bytes` arrive while a
         response is still owed.
         """
-        if data and self._h11.their_state in (h11.DONE, h11.MUST_CLOSE, h11.MIGHT_SWITCH_PROTOCOL):
+        if data and self._h11.their_state in (h11.DONE, h11.MUST_CLOSE, _MIGHT_SWITCH):
             self._paused_bytes += len(data)
             if self._paused_bytes > self.limits.max_pipelined_bytes:
                 raise RemoteProtocolError("too many bytes sent ahead of the response", 413)
@@ -182,7 +183,7 @@ class Http1Connection:
     @property
     def is_request_complete(self) -> bool:
         """Whether nothing of the current request is outstanding; else the connection can't be reused."""
-        return self._h11.their_state in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL)
+        return self._h11.their_state in (h11.DONE, _MIGHT_SWITCH)
 
     @property
     def wants_continue(self) -> bool:

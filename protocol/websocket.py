@@ -173,7 +173,7 @@ class SocketState(enum.Enum):
     LOCAL_CLOSING = enum.auto()
     """We have sent a close frame: messages are dropped until the peer's comes."""
     CLOSED = enum.auto()
-    """The peer's close frame came, or something that makes all that follows unreadable."""
+    """The peer's close frame came, or it left, or it sent what makes all that follows unreadable."""
 
 
 class WebSocketConnection:
@@ -186,8 +186,10 @@ class WebSocketConnection:
         self._message: _Message | None = None
 
     def receive_data(self, data: bytes) -> None:
-        """Take bytes from the peer; dropped once it has closed."""
-        if self.state is not SocketState.CLOSED:
+        """Take bytes from the peer; b"" means that it is gone. Dropped once it has closed."""
+        if not data:
+            self._end()
+        elif self.state is not SocketState.CLOSED:
             self._decoder.receive_bytes(data)
 
     def next_event(self) -> SocketEvent | Signal:

@@ -26,6 +26,7 @@ class FakeStream:
     def __init__(self, *reads: bytes, is_slow: bool = False, hangs_up: bool = True) -> None:
         self.peer = "the test"
         self.is_idle = False
+        self.on_stop: Callable[[], None] | None = None
         self.written = bytearray()
         self.n_reads = 0
         self.is_slow = is_slow
@@ -78,13 +79,17 @@ class FakeStream:
     async def read(self) -> bytes:
         self.n_reads += 1
         self._touch()
-        await self.until(lambda: bool(self._incoming) or self._eof)
+        await self.until(lambda: bool(self._incoming) or self._eof or self.is_closed)
         return self._incoming.popleft() if self._incoming else b""
 
     def push(self, data: bytes) -> None:
         if not self._lost and not self.is_closed:
             self.written += data
             self._touch()
+
+    @property
+    def is_writable(self) -> bool:
+        return not self.is_slow
 
     async def drain(self, timeout_s: float) -> None:
         try:

@@ -4,7 +4,7 @@ The loop is linear and pull-style. While a handler runs, the read side is watche
 file cancels the handler (and so its generation) within the same loop turn; bytes that a
 pipelining peer sent ahead stay in the stream, which stops reading at its cap. After any error
 the protocol's own state decides whether an answer can still be sent and whether the connection
-can be used again. Runs on the loop thread.
+can be used again. A WebSocket takes the connection over until its end. Runs on the loop thread.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from typing import Protocol
 
@@ -31,10 +31,13 @@ from protocol import (
     RequestHead,
     ResponseHead,
     Target,
+    check_handshake,
     encode_comment,
     parse_target,
 )
+from protocol.websocket import HANDSHAKE_ADVICE
 from wingman.http.messages import Answer, EventStream, Request, Response, Upgrade
+from wingman.http.session import SocketLimits, WebSocketSession
 from wingman.http.stream import ByteStream, WriteTimeout, close_gently
 
 log = logging.getLogger("wingman.http")
@@ -60,6 +63,7 @@ class ConnectionLimits:
     body_timeout_s: float = 60.0
     idle_timeout_s: float = 75.0
     write_timeout_s: float = 30.0
+    socket: SocketLimits = field(default_factory=SocketLimits)
 
 
 class Application(Protocol):
@@ -138,7 +142,7 @@ class _Connection:
                 request = _with_body(request, body)
             elif head.content_length == 0:
                 self._next_buffered()
-            status = await self._answer(request, refusal)
+            status = await self._answer(head, request, refusal)
         except RemoteProtocolError as error:
             status = error.status_hint
             raise
@@ -202,7 +206,7 @@ class _Connection:
     async def _receive(self) -> None:
         self._http.receive_data(await self._stream.read())
 
-    async def _answer(self, request: Request, refusal: Response | None) -> int:
+    async def _answer(self, head: RequestHead, request: Request, refusal: Response | None) -> int:
         """Run the handler and write what it returns; the status that was sent."""
         task = asyncio.current_task()
         assert task is not None
@@ -213,12 +217,33 @@ class _Connection:
                 await self._send_events(answer)
                 return 200
             if isinstance(answer, Upgrade):
-                answer = self._app.refuse(501, "WebSockets are not spoken here yet")
+                return await self._upgrade(head, answer)
             self._send_response(answer)
             await self._stream.drain(self._limits.write_timeout_s)
             return answer.status
         finally:
             self._stream.watch_disconnect(None)
+
+    async def _upgrade(self, head: RequestHead, answer: Upgrade) -> int:
+        """Finish the WebSocket handshake and serve the socket; the status that was sent."""
+        try:
+            accept = check_handshake(head)
+        except RemoteProtocolError as error:
+            advice = HANDSHAKE_ADVICE if error.status_hint == 426 else ()
+            refusal = self._app.refuse(error.status_hint, str(error))
+            self._send_response(replace(refusal, headers=(*refusal.headers, *advice)))
+            return refusal.status
+        self._stream.watch_disconnect(None)  # from here on bytes are messages, not requests sent ahead
+        fields = [("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-accept", accept)]
+        if answer.subprotocol is not None:
+            fields.append(("sec-websocket-protocol", answer.subprotocol))
+        self._push(self._http.send(ResponseHead(101, _raw((*fields, *answer.headers)))))
+        session = WebSocketSession(self._stream, self._limits.socket, self._http.trailing_data)
+        try:
+            await session.run(answer.serve)
+        finally:
+            self._sent_bytes += session.sent_bytes
+        return 101
 
     def _send_response(self, response: Response) -> None:
         headers = [("content-type", response.content_type), ("content-length", str(len(response.body)))]
@@ -247,8 +272,7 @@ class _Connection:
         fields = [("date", formatdate(usegmt=True)), ("server", "wingman"), *headers]
         if self._app.is_draining or not self._http.is_request_complete:
             fields.append(("connection", "close"))
-        raw = Headers((name.encode("ascii"), value.encode("latin-1", "replace")) for name, value in fields)
-        self._push(self._http.send(ResponseHead(status, raw)))
+        self._push(self._http.send(ResponseHead(status, _raw(fields))))
 
     def _push(self, data: bytes) -> None:
         self._sent_bytes += len(data)
@@ -286,6 +310,10 @@ class _Pinger:
     def __exit__(self, *exc: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _raw(fields: Iterable[tuple[str, str]]) -> Headers:
+    return Headers((name.encode("ascii"), value.encode("latin-1", "replace")) for name, value in fields)
 
 
 def _canceller(task: asyncio.Task[object]) -> Callable[[], None]:

@@ -97,13 +97,15 @@ class Server:
         return len(self._tasks)
 
     async def aclose(self, grace_s: float) -> None:
-        """Stop listening, close idle connections, give the others `grace_s` seconds to finish their
-        answers, then end them. Never raises."""
+        """Stop listening, close idle connections and begin to close WebSockets, give the others `grace_s`
+        seconds to finish their answers, then end them. Never raises."""
         for server in self._listeners:
             server.close()
         for stream in self._tasks.values():
             if stream.is_idle:
                 stream.close_soon()
+            elif stream.on_stop is not None:
+                stream.on_stop()
         if self._tasks:
             await asyncio.wait(tuple(self._tasks), timeout=grace_s)
         for task in tuple(self._tasks):

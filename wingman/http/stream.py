@@ -31,12 +31,18 @@ class ByteStream(Protocol):
     peer: str
     is_idle: bool
     """Set by the connection while it waits for a request: such a stream may be closed at any time."""
+    on_stop: Callable[[], None] | None
+    """Set by who must say something to the peer before the server stops; called once it is about to."""
 
     async def read(self) -> bytes:
         """Bytes that arrived, at least one and at most READ_BYTES; b"" once the peer has closed or is lost."""
 
     def push(self, data: bytes) -> None:
         """Hand bytes to the transport without waiting; lost if the peer is gone."""
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the transport's buffer has room; if not, `drain` waits for it."""
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until the peer has taken enough to go on. Raises WriteTimeout, or
@@ -80,6 +86,7 @@ class SocketStream(asyncio.Protocol):
         self._on_disconnect: Callable[[], None] | None = None
         self.peer = ""
         self.is_idle = False
+        self.on_stop: Callable[[], None] | None = None
 
     # -- asyncio.Protocol, called by the transport ------------------------------------------
 
@@ -141,6 +148,10 @@ class SocketStream(asyncio.Protocol):
     def push(self, data: bytes) -> None:  # noqa: D102
         if not self._lost:
             self._open_transport().write(data)
+
+    @property
+    def is_writable(self) -> bool:  # noqa: D102
+        return self._writable.is_set()
 
     async def drain(self, timeout_s: float) -> None:  # noqa: D102
         while not self._writable.is_set():
