@@ -158,6 +158,10 @@ class HubServer:
         self.down: int | None = None
         """The status of every API answer, as in an outage."""
         self.down_headers: dict[str, str] = {}
+        self.api_delay_s = 0.0
+        """Before every API answer."""
+        self.redirect_api: str | None = None
+        """Another origin that renamed repositories are redirected to."""
         self.raw_listing: bytes | None = None
         """Sent instead of the listing."""
         self.page_size = 1000
@@ -370,6 +374,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _answer_hub(handler: _Handler) -> None:
     hub, path = handler.server.hub, handler.exchange.path
+    if hub.api_delay_s and path.startswith("/api/"):
+        hub.closing.wait(hub.api_delay_s)
     if handler.exchange.token in hub.rejected_tokens:
         handler.send_refusal(401, message="Invalid credentials in Authorization header")
     elif path.startswith("/api/") and hub.down is not None:
@@ -389,7 +395,7 @@ def _find_repo(handler: _Handler, repo_id: str) -> Repo | None:
     hub, token = handler.server.hub, handler.exchange.token
     if repo_id in hub.renamed:
         location = handler.path.replace(repo_id, hub.renamed[repo_id], 1)
-        handler.send_head(307, 0, {"Location": location})
+        handler.send_head(307, 0, {"Location": (hub.redirect_api or "") + location})
         return None
     repo = hub.repos.get(repo_id)
     if repo is None or (repo.private and token != repo.token):
@@ -405,7 +411,8 @@ def _list_models(handler: _Handler) -> None:
         return
     with hub.lock:
         repos = sorted(hub.repos.values(), key=lambda repo: -repo.downloads)
-    public = [repo for repo in repos if not repo.private and query.get("search", [""])[0] in repo.id]
+    wanted = query.get("search", [""])[0].lower()
+    public = [repo for repo in repos if not repo.private and wanted in repo.id.lower()]
     start = int(query.get("cursor", ["0"])[0])
     end = start + min(int(query.get("limit", ["1000"])[0]), hub.page_size)
     more = urlencode(query | {"cursor": [str(end)]}, doseq=True)
