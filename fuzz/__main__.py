@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from fuzz.mutate import Mutator, Target, corpus_dir, read_corpus, run
 
-TARGETS = ("bodies", "gguf", "grammars", "http1", "slotfiles", "sse", "templates", "toolcalls")
+TARGETS = ("bodies", "gguf", "grammars", "http1", "slotfiles", "sse", "templates", "toolcalls", "websocket")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ import hashlib
 import io
 import re
 import struct
-from typing import Final
+from typing import Final, Literal
 
 from wsproto.frame_protocol import Frame, FrameDecoder, Opcode, ParseFailed
 
@@ -192,7 +192,7 @@ class WebSocketConnection:
         elif self.state is not SocketState.CLOSED:
             self._decoder.receive_bytes(data)
 
-    def next_event(self) -> SocketEvent | Signal:
+    def next_event(self) -> SocketEvent | Literal[Signal.NEED_DATA]:
         """What the next frame does, or NEED_DATA.
 
         Raises RemoteProtocolError with the close code to send: 1002 for broken framing, 1003 for a
@@ -209,7 +209,7 @@ class WebSocketConnection:
             self._end()
             raise
 
-    def _read_frame(self) -> SocketEvent | Signal:
+    def _read_frame(self) -> SocketEvent | Literal[Signal.NEED_DATA]:
         frame = self._decoder.process_buffer()
         if frame is None:
             self._check_size(0)

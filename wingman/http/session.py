@@ -14,6 +14,7 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from protocol import (
     NEED_DATA,
@@ -130,7 +131,7 @@ class WebSocketSession:
 
     # -- below the endpoint ------------------------------------------------------------------------
 
-    def _next_event(self) -> SocketEvent | Signal:
+    def _next_event(self) -> SocketEvent | Literal[Signal.NEED_DATA]:
         was_open = self._connection.state is SocketState.OPEN
         try:
             return self._connection.next_event()
