@@ -1,0 +1,290 @@
+"""What the instruments of one loaded model show: the body of a `metrics` message.
+
+Keys are the original Wingman's; where nothing is known a number is -1 and a text is empty, as its desktop
+client expects. Everything is read from the engine's snapshot, which costs no step anything. What never
+changes is encoded once. Pure but for the engine that is looked at; used on the loop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeVar
+
+import orjson
+
+from wingman.engine.runner import Tokenizer
+from wingman.engine.types import HistogramView, Job, ModelInfo, SlotView, Snapshot
+from wingman.services.served import file_name
+
+T = TypeVar("T")
+UNKNOWN: Final = -1
+WINDOW_S: Final = 1.0
+"""Tokens per second are an average over this time."""
+STALE_S: Final = 1.5
+"""Samples older than this say nothing about now: nobody watched for a while."""
+MAX_CONTENT_TOKENS: Final = 256
+"""The end of a prompt that is shown, where prompts are."""
+_FACTS: Final = {  # key of `meta` -> GGUF key behind the architecture's name
+    "n_head": "attention.head_count",
+    "n_head_kv": "attention.head_count_kv",
+    "n_layer": "block_count",
+    "n_rot": "rope.dimension_count",
+    "n_ff": "feed_forward_length",
+    "freq_base": "rope.freq_base",
+    "freq_scale": "rope.scaling.factor",
+    "n_embd_head_k": "attention.key_length",
+    "n_embd_head_v": "attention.value_length",
+    "f_norm_eps": "attention.layer_norm_epsilon",
+    "f_norm_rms_eps": "attention.layer_norm_rms_epsilon",
+    "n_expert": "expert_count",
+    "n_expert_used": "expert_used_count",
+    "n_swa": "attention.sliding_window",
+}
+
+
+class EngineView(Protocol):
+    """The part of `wingman.engine.client.Engine` that is looked at."""
+
+    info: ModelInfo
+    tokenizer: Tokenizer
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The engine as of its last step."""
+
+    @property
+    def n_running(self) -> int:
+        """Jobs that have a slot."""
+
+    @property
+    def n_waiting(self) -> int:
+        """Jobs that wait for one."""
+
+    def last_job(self, slot_id: int) -> Job | None:
+        """The job a slot works on or worked on last."""
+
+    async def work(self, n_bytes: int, function: Callable[..., T], *args: Any) -> T:
+        """Run a function off the loop; raises Unavailable once the engine is closing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model lies; sizes in MB."""
+
+    n_gpu_layers: int = 0
+    """Layers on a GPU, the output layer counted; -1: all."""
+    gpu_name: str = ""
+    cuda: str = ""
+    """What drives the GPU, in words."""
+    required_mb: float = UNKNOWN
+    vram_mb: float = UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class MonitoredModel:
+    """A loaded model as the monitor is told of it."""
+
+    alias: str
+    engine: EngineView
+    loaded_at: float
+    """Unix seconds when it was ready."""
+    load_s: float
+    tensor_types: Mapping[str, int] = field(default_factory=dict)
+    quantization: str = ""
+    """As its file name has it; else the file type counts."""
+    placement: Placement = Placement()
+
+
+class Reading:
+    """The instruments of one model."""
+
+    def __init__(self, model: MonitoredModel) -> None:
+        self.model = model
+        self.prompts: dict[int, tuple[int, str]] = {}
+        """By slot, a job id and the end of its prompt; filled where prompts may be shown."""
+        self._samples: deque[tuple[float, int]] = deque()
+        self._shown: tuple[int, bool] | None = None
+        self._meta = _encoded(meta_of(model.engine.info))
+        self._tensors = _encoded(dict(model.tensor_types))
+        self._system = {  # the one thing that changes in it is whether something runs
+            is_busy: _encoded(system_of(model) | {"has_next_token": is_busy}) for is_busy in (False, True)
+        }
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything runs or waits."""
+        engine = self.model.engine
+        has_jobs = engine.n_running > 0 or engine.n_waiting > 0
+        return has_jobs or any(slot.is_busy for slot in engine.snapshot.slots)
+
+    def sample(self, now: float) -> bool:
+        """Note the time, of any clock in seconds, and the tokens so far. Says whether there is something to
+        show: always while busy, and once after it."""
+        snapshot = self.model.engine.snapshot
+        while self._samples and now - self._samples[0][0] > STALE_S:
+            self._samples.popleft()
+        self._samples.append((now, _n_predicted(snapshot)))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW_S:
+            self._samples.popleft()
+        before, self._shown = self._shown, (snapshot.n_steps, self.is_busy)
+        return self.is_busy or before != self._shown
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated by all slots together over the last second; 0 when nothing runs."""
+        if not self.is_busy or len(self._samples) < 2:
+            return 0.0
+        (start, n_start), (end, n_end) = self._samples[0], self._samples[-1]
+        return _ratio(n_end - n_start, end - start)
+
+    def body(self, unix_s: float) -> dict[str, Any]:
+        """All of it, for orjson; `unix_s` is the time of day."""
+        model, snapshot = self.model, self.model.engine.snapshot
+        n_held = sum(slot.n_held for slot in snapshot.slots)
+        info = model.engine.info
+        return {
+            "alias": model.alias,
+            "meta": self._meta,
+            "system": self._system[any(slot.is_busy for slot in snapshot.slots)],
+            "tensors": self._tensors,
+            "timings": timings_of(model, unix_s),
+            "slots": [self._slot(slot) for slot in snapshot.slots],
+            "requests_running": model.engine.n_running,
+            "requests_waiting": model.engine.n_waiting,
+            "kv_cache_tokens": n_held,
+            "kv_cache_usage_ratio": _ratio(n_held, info.n_ctx_slot * info.n_slots),
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+    def _slot(self, slot: SlotView) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "id": slot.id,
+            "id_task": UNKNOWN if slot.job_id is None else slot.job_id,
+            "state": int(slot.is_busy),
+            "is_processing": slot.is_busy,
+            "n_ctx": self.model.engine.info.n_ctx_slot,
+            "n_prompt_tokens": slot.n_prompt,
+            "n_prompt_tokens_processed": slot.n_processed,
+            "n_prompt_tokens_cache": slot.n_cached,
+            "n_decoded": slot.n_decoded,
+            "n_held": slot.n_held,
+        }
+        job_id, prompt = self.prompts.get(slot.id, (None, ""))
+        if job_id is not None and job_id == slot.job_id:
+            body["content"] = {"prompt": prompt}
+        return body
+
+    def unread_prompts(self) -> Sequence[tuple[int, Job]]:
+        """Slots and their jobs whose prompts are not in `prompts` yet."""
+        engine = self.model.engine
+        jobs = [(slot, engine.last_job(slot.id)) for slot in engine.snapshot.slots]
+        return [
+            (slot.id, job)
+            for slot, job in jobs
+            if job is not None and job.id == slot.job_id and self.prompts.get(slot.id, (None,))[0] != job.id
+        ]
+
+
+def timings_of(model: MonitoredModel, unix_s: float) -> dict[str, float]:
+    """The `timings`, totals since the load: milliseconds and tokens; `timestamp` in Unix seconds.
+
+    Prompts count when their request has ended, output at once. As in llama-server the first token of an
+    answer is free: rates are over the others. The engine does not time the sampling.
+    """
+    snapshot = model.engine.snapshot
+    prompt_ms = snapshot.prompt_seconds_total * 1000
+    n_gaps, predicted_ms = _observed(snapshot.token_gap)
+    n_predicted = _n_predicted(snapshot)
+    return {
+        "timestamp": int(unix_s),
+        "load_time": model.load_s * 1000,
+        "sample_time": UNKNOWN,
+        "sample_count": n_predicted,
+        "sample_per_token_ms": UNKNOWN,
+        "sample_per_second": UNKNOWN,
+        "total_time": max(unix_s - model.loaded_at + model.load_s, 0.0) * 1000,
+        "prompt_count": snapshot.prompt_tokens_total,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": _ratio(prompt_ms, snapshot.prompt_tokens_total),
+        "prompt_per_second": _ratio(snapshot.prompt_tokens_total * 1000, prompt_ms),
+        "predicted_count": n_predicted,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": _ratio(predicted_ms, n_gaps),
+        "predicted_per_second": _ratio(n_gaps * 1000, predicted_ms),
+    }
+
+
+def _n_predicted(snapshot: Snapshot) -> int:
+    """Tokens generated so far, those of running requests included: each one ended a wait for the first token
+    or a gap."""
+    return _observed(snapshot.first_token)[0] + _observed(snapshot.token_gap)[0]
+
+
+def _observed(histogram: HistogramView | None) -> tuple[int, float]:
+    """Number and sum, in milliseconds, of the observations."""
+    return (sum(histogram.counts), histogram.sum_s * 1000) if histogram is not None else (0, 0.0)
+
+
+def meta_of(info: ModelInfo) -> dict[str, str]:
+    """Facts of the GGUF; "" for those of the first row that it does not state."""
+    arch = info.metadata.get("general.architecture", "")
+    found = {name: info.metadata.get(f"{arch}.{key}", "") for name, key in _FACTS.items()}
+    found["n_head_kv"] = found["n_head_kv"] or found["n_head"]  # the format's default
+    first = ("n_head", "n_head_kv", "n_layer", "n_rot", "n_ff", "freq_base")
+    return {
+        "arch": arch,
+        "name": info.metadata.get("general.name", ""),
+        "ftype": info.ftype,
+        "n_vocab": str(info.n_vocab),
+        "n_ctx_train": str(info.n_ctx_train),
+        "n_embd": str(info.n_embd),
+        "n_params": str(info.n_params),
+        "size_bytes": str(info.size_bytes),
+    } | {name: value for name, value in found.items() if value or name in first}
+
+
+def system_of(model: MonitoredModel) -> dict[str, Any]:
+    """The `system` but for `has_next_token`: the context in tokens, layers, memory in MB, and names."""
+    info, placement = model.engine.info, model.placement
+    path = info.path.encode("utf-8", "replace").decode()  # a path need not be UTF-8
+    return {
+        "ctx_size": info.n_ctx_slot * info.n_slots,
+        "cuda_str": placement.cuda,
+        "gpu_name": placement.gpu_name,
+        "mem_required": placement.required_mb,
+        **_layers_of(info, placement),
+        "model_path": path,
+        "model_file_name": file_name(path),
+        "model_name": info.metadata.get("general.name", ""),
+        "model_alias": model.alias,
+        "quantization": model.quantization or info.ftype,
+    }
+
+
+def _layers_of(info: ModelInfo, placement: Placement) -> dict[str, float]:
+    """Layers on the GPU; llama.cpp puts the output layer there first (llama_model::load_tensors)."""
+    arch = info.metadata.get("general.architecture", "")
+    count = info.metadata.get(f"{arch}.block_count", "")
+    n_total = int(count) + 1 if count.isdecimal() else UNKNOWN
+    wanted = placement.n_gpu_layers
+    n_offloaded = n_total if wanted < 0 or (0 <= n_total < wanted) else wanted
+    n_output = min(n_offloaded, 1)
+    vram_mb = placement.vram_mb if n_offloaded else 0
+    return {
+        "offloaded": n_offloaded,
+        "offloaded_total": n_total,
+        "offloading_repeating": n_offloaded - n_output if n_offloaded >= 0 else UNKNOWN,
+        "offloading_nonrepeating": n_output,
+        "vram_used": vram_mb,
+        "vram_per_layer_avg": vram_mb / n_offloaded if n_offloaded > 0 and vram_mb >= 0 else UNKNOWN,
+    }
+
+
+def _encoded(value: Mapping[str, Any]) -> orjson.Fragment:
+    return orjson.Fragment(orjson.dumps(value))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
