@@ -23,7 +23,7 @@ import msgspec
 
 from wingman import __version__
 from wingman.errors import Forbidden, InvalidRequest, NotFound, UpstreamFailure, WingmanError
-from wingman.services.home import stored_name
+from wingman.services.home import LOCAL, check_repo, stored_name
 
 if TYPE_CHECKING:
     import httpx2
@@ -176,6 +176,8 @@ class Hub:
 
         Raises InvalidRequest, NotFound, Forbidden and UpstreamFailure, which say what to do.
         """
+        if check_repo(repo_id) == LOCAL:
+            raise NotFound("the models folder is not on the Hub")
         if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
             raise InvalidRequest("revision must be a branch, a tag or a commit", "revision")
         suffix = "" if revision is None else f"/revision/{quote(revision, safe='')}"
