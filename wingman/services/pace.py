@@ -29,16 +29,14 @@ class Speed:
     def __init__(self) -> None:
         self._samples: deque[tuple[float, int]] = deque()
 
-    def update(self, position: int, now_s: float) -> float:
-        """Note how far it is; bytes a second. A step back starts anew."""
+    def update(self, n_received: int, now_s: float) -> float:
+        """Note how much came so far, which only grows; bytes a second."""
         samples = self._samples
-        if samples and position < samples[-1][1]:
-            samples.clear()
-        samples.append((now_s, position))
+        samples.append((now_s, n_received))
         while len(samples) > 2 and samples[1][0] <= now_s - _WINDOW_S:
             samples.popleft()
-        (first_s, first), elapsed_s = samples[0], now_s - samples[0][0]
-        return (position - first) / elapsed_s if elapsed_s > 0 and first_s < now_s else 0.0
+        first_s, first = samples[0]
+        return (n_received - first) / (now_s - first_s) if now_s > first_s else 0.0
 
 
 def speed_text(bytes_per_s: float) -> str:

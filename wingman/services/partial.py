@@ -209,6 +209,18 @@ def discard(targets: Sequence[Path]) -> None:
         sidecar_path(target).unlink(missing_ok=True)
 
 
+def delete(targets: Sequence[Path]) -> None:
+    """Delete files, whole or partial. Blocks; raises OSError."""
+    discard(targets)
+    for target in targets:
+        target.unlink(missing_ok=True)
+
+
+def where_it_lies(targets: Sequence[Path]) -> list[Path]:
+    """Where the bytes of files are before they are published. Blocks."""
+    return [path if (path := partial_path(target)).exists() else target for target in targets]
+
+
 def held_bytes(target: Path) -> int:
     """Bytes of a file that are on the disk, here or as its partial. Blocks."""
     return _size(partial_path(target)) or _size(target) or 0

@@ -69,6 +69,8 @@ class Progress:
 
     position: int = 0
     """Bytes of it that are on this machine."""
+    received: int = 0
+    """Bytes that came over the network, of all files and tries."""
     checked: float | None = None
     """Share of them that was read again; None when not at it."""
 
@@ -194,10 +196,12 @@ class Transfers:
                 await self._append(partial, block, progress)
 
     async def _append(self, partial: Partial, chunks: list[bytes], progress: Progress) -> None:
+        before = partial.position
         try:
             await self._run(partial.append, chunks)
         finally:
             progress.position = partial.position
+            progress.received += partial.position - before
 
 
 def _explain(error: OSError) -> WingmanError:
