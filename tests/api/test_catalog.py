@@ -17,7 +17,6 @@ from wingman.http.messages import Request
 from wingman.services.catalog import Catalog, Room
 from wingman.services.home import Home
 from wingman.services.hub import Hub
-from wingman.services.localmodels import LocalModels
 
 KEYS = set(
     "isa id name maxLength tokenLimit vendor location items downloads likes created updated size iQScore eQScore "
@@ -41,7 +40,7 @@ def server() -> Iterator[HubServer]:
 def catalog(server: HubServer, tmp_path: Path) -> Catalog:
     home = Home(tmp_path)
     home.create()
-    return Catalog(Hub(server.url, "", home.cache), LocalModels(home, lambda _: 1), tuple, Room)
+    return Catalog(home, Hub(server.url, "", home.cache), downloads=tuple, room=Room, need_bytes=lambda _: 1)
 
 
 async def get(catalog: Catalog, *query: tuple[str, str]) -> Any:

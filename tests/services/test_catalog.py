@@ -18,7 +18,6 @@ from wingman.services.catalog import Catalog, Room
 from wingman.services.home import LOCAL, Home
 from wingman.services.hub import Hub
 from wingman.services.items import AIModel, DownloadItem
-from wingman.services.localmodels import LocalModels
 
 MB = 2**20
 REPO = "owner/Tiny-7B-GGUF"
@@ -38,10 +37,14 @@ class World:
         self.home = home
         self.rows: list[DownloadItem] = []
         self.room = Room(total=8000, available=4000)
-        self.n_reads = 0
         hub = Hub(server.url, "", home.cache)
-        local = LocalModels(home, lambda header: header.file_size + 100 * MB)
-        self.catalog = Catalog(hub, local, lambda: self.rows, lambda: self.room)
+        self.catalog = Catalog(
+            home,
+            hub,
+            downloads=lambda: self.rows,
+            room=lambda: self.room,
+            need_bytes=lambda header: header.file_size + 100 * MB,
+        )
 
     async def models(self) -> dict[str, AIModel]:
         models, _ = await self.catalog.models()
@@ -211,5 +214,5 @@ async def test_one_repository_without_the_hub(server: HubServer, world: World) -
 async def test_many_at_once_share_the_work(server: HubServer, world: World) -> None:
     server.add_repo(REPO, {"tiny-Q4_0.gguf": b"x"})
     bodies = await asyncio.gather(*(world.catalog.body() for _ in range(20)))
-    assert len(set(bodies)) == 1
+    assert all(body is bodies[0] for body in bodies)
     assert len(server.requests) == 1

@@ -14,8 +14,8 @@ from wingman.services.quantization import (
     is_repacked,
     parameter_count,
     parameter_text,
-    quantization,
     quantization_name,
+    quantization_of,
     speed_rank,
 )
 
@@ -48,7 +48,7 @@ MB = 2**20
     ],
 )
 def test_quantization_of_a_file(path: str, expected: str) -> None:
-    assert quantization(path) == expected
+    assert quantization_of(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_what_is_said_to_fit_fits(files: list[Candidate]) -> None:
 
 @given(st.text(max_size=300))
 def test_any_name_has_an_answer(name: str) -> None:
-    quant = quantization(name)
+    quant = quantization_of(name)
     assert quantization_name(quant) or not quant
     assert bits_per_weight(quant) >= 0
     assert parameter_count(parameter_text(name)) >= 0

@@ -16,7 +16,8 @@ from typing import Final
 import msgspec
 
 from wingman.errors import Forbidden, NotFound, UpstreamFailure
-from wingman.services.home import LOCAL, split_parts
+from wingman.services.gguf import GgufHeader
+from wingman.services.home import LOCAL, Home, split_parts
 from wingman.services.hub import Hub, RepoFacts, RepoSummary
 from wingman.services.items import AIModel, DownloadableItem, DownloadItem, DownloadStatus
 from wingman.services.localmodels import Key, LocalModels, ModelFile
@@ -25,8 +26,8 @@ from wingman.services.quantization import (
     is_model_file,
     parameter_count,
     parameter_text,
-    quantization,
     quantization_name,
+    quantization_of,
 )
 
 _MB: Final = 2**20
@@ -72,21 +73,23 @@ class Catalog:
     """Answers what models there are.
 
     `downloads` gives all rows and `room` the memory; both are called on the loop and must not wait.
+    `need_bytes` says what a model takes with the server's settings; it is called in a thread.
     """
 
     def __init__(
         self,
+        home: Home,
         hub: Hub,
-        local: LocalModels,
+        *,
         downloads: Callable[[], Iterable[DownloadItem]],
         room: Callable[[], Room],
-        *,
+        need_bytes: Callable[[GgufHeader], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._hub, self._local, self._downloads, self._room = hub, local, downloads, room
-        self._clock = clock
+        self._hub, self._downloads, self._room, self._clock = hub, downloads, room, clock
+        self._local = LocalModels(home, need_bytes)
         self._facts: dict[str, _Asked] = {}
-        self._scanning = asyncio.Lock()
+        self._showing = asyncio.Lock()
         self._shown: tuple[Sources, bool, tuple[AIModel, ...], bytes] | None = None
 
     async def models(self) -> tuple[tuple[AIModel, ...], bool]:
@@ -111,16 +114,17 @@ class Catalog:
         return await asyncio.to_thread(_encode, named, is_stale)
 
     async def _show(self) -> tuple[tuple[AIModel, ...], bool, bytes]:
-        listing, is_stale = await self._hub.list_repos()
-        sources = await self._sources(listing.repos, self._known_sizes())
-        if self._shown is None or self._shown[:2] != (sources, is_stale):
-            models, body = await asyncio.to_thread(_build, sources, is_stale)
-            self._shown = (sources, is_stale, models, body)
-        return self._shown[2], is_stale, self._shown[3]
+        """From what was built last, or built anew by one of those who ask."""
+        async with self._showing:
+            listing, is_stale = await self._hub.list_repos()
+            sources = await self._sources(listing.repos, self._known_sizes())
+            if self._shown is None or self._shown[:2] != (sources, is_stale):
+                models, body = await asyncio.to_thread(_build, sources, is_stale)
+                self._shown = (sources, is_stale, models, body)
+            return self._shown[2], is_stale, self._shown[3]
 
     async def _sources(self, repos: tuple[RepoSummary, ...], sizes: Mapping[Key, int]) -> Sources:
-        async with self._scanning:
-            local = await asyncio.to_thread(self._local.scan)
+        local = await asyncio.to_thread(self._local.scan)
         endpoint, room = await self._hub.endpoint(), self._room()
         statuses = {_first(item.model_repo, item.file_path): item.status for item in self._downloads()}
         steady = replace(room, available=room.available - room.available % _STEP_MB)
@@ -218,7 +222,7 @@ def _item(repo: RepoSummary, path: str, sources: Sources, is_offered: bool) -> D
     is_model = file is not None and file.kind == "model"
     is_here = is_model and (repo.id == LOCAL or status == "complete")
     size = file.size if file and is_here else sources.sizes.get(key, 0)
-    quant = quantization(path)
+    quant = quantization_of(path)
     need = -(-(file.need_bytes if file and is_here else _guess_bytes(repo, size, quant)) // _MB)
     return DownloadableItem(
         model_repo=repo.id,

@@ -113,7 +113,7 @@ def is_model_file(file_path: str) -> bool:
     return name.endswith(".gguf") and not any(word in name for word in _NO_MODEL)
 
 
-def quantization(file_path: str) -> str:
+def quantization_of(file_path: str) -> str:
     """The quantization that a file's name tells, or its folder's, as llama.cpp writes it; "" when none does."""
     stem = file_path[: -len(".gguf")] if file_path.lower().endswith(".gguf") else file_path
     for part in reversed(_SPLIT_SUFFIX.sub("", stem).split("/")):
@@ -121,6 +121,9 @@ def quantization(file_path: str) -> str:
         if found:
             return str(found[-1]).upper().replace("FP16", "F16").replace("FP32", "F32")
     return ""
+
+
+quantization = quantization_of
 
 
 def quantization_name(quant: str) -> str:
