@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support.hub import HubServer
 from wingman.errors import Forbidden, InvalidRequest, NotFound, UpstreamFailure
-from wingman.services.hub import Hub
+from wingman.services.hub import Hub, Listing, _read_listing
 
 FILES = {"m-Q4_0.gguf": b"gguf", "README.md": b"text"}
 
@@ -173,6 +176,19 @@ async def test_the_token_comes_from_the_environment_and_stays_on_the_hub(
         assert other.tokens_seen("hub") == set()
 
 
+KEYS = [
+    "siblings",
+    "rfilename",
+    "lfs",
+    "size",
+    "sha256",
+    "sha",
+    "downloads",
+    "createdAt",
+    "gated",
+    "gguf",
+    "total",
+]
 GOOD = {"id": "a/good-GGUF", "siblings": [{"rfilename": "m.gguf"}]}
 
 
@@ -212,6 +228,25 @@ async def test_an_answer_that_is_no_listing_is_a_failure(
 ) -> None:
     server.raw_listing = body
     assert await ids(connect()) == ([], True)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@given(
+    st.lists(st.fixed_dictionaries({"id": st.just("a/x-GGUF") | JSON}, optional=dict.fromkeys(KEYS, JSON)))
+)
+def test_any_listing_reads_as_something_that_can_be_kept(entries: list[object]) -> None:
+    try:
+        repos = _read_listing(json.dumps(entries).encode())
+    except UpstreamFailure:
+        return
+    listing = Listing(tuple(repos))
+    assert msgspec.json.decode(msgspec.json.encode(listing), type=Listing) == listing
 
 
 async def test_an_endless_answer_is_cut(

@@ -1,8 +1,8 @@
 """The GGUF files below the models folder, and what their headers tell.
 
-`scan` blocks for the disk and is called in an executor; when calls overlap, the last one's findings are kept.
-Headers are read once and again only when a file's size or time changes. Nothing is followed out of the folder but links to single files, and
-nothing is ever written.
+`scan` blocks for the disk and is called in an executor; when calls overlap, the last one's findings are
+kept. Headers are read once and again only when a file's size or time changes. Nothing is followed out of the
+folder but links to single files, and nothing is ever written.
 """
 
 from __future__ import annotations
