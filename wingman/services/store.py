@@ -194,8 +194,8 @@ class Store:
                 outcomes = await loop.run_in_executor(self._executor, self._database.write, writes)
             except Exception as error:  # noqa: BLE001 - nobody may wait for ever
                 outcomes = [error] * len(writes)
-            for (_, future), error in zip(batch, outcomes, strict=True):
-                _settle(future, error)
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
+                _settle(future, outcome)
         self._writer = None
 
     def _check_open(self) -> None:
@@ -300,7 +300,8 @@ def _text(raw: bytes) -> str | bytes:
 
 def _put(table: _Table, values: Row, connection: sqlite3.Connection) -> None:
     """Update or insert; an original's table may have columns of its own, and need not be unique by its key."""
-    names = [name for name in values if name in _columns(connection, table)]
+    columns = _columns(connection, table)
+    names = [name for name in values if name in columns]
     settings = ", ".join(f"{name} = ?" for name in names)
     key = [values[name] for name in table.key]
     cursor = connection.execute(
