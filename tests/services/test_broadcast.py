@@ -130,6 +130,20 @@ async def test_lagging_too_far_ends_one_connection_only(bounds: Bounds, n_taken:
     assert broadcast.n_subscribers == 1
 
 
+async def test_a_failing_sink_is_left_out_and_the_others_get_everything(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broadcast, bad, good = Broadcast(), FakeSocket(), FakeSocket()
+    broadcast.subscribe(bad, ALL)
+    broadcast.subscribe(good, ALL)
+    bad.push = lambda frame: 1 / 0 > 0  # type: ignore[method-assign]
+    broadcast.publish("a", {"n": 0})
+    broadcast.publish("a", {"n": 1})
+    assert numbers(good) == [0, 1]
+    assert broadcast.n_subscribers == 1
+    assert "subscriber 1 failed" in caplog.text
+
+
 async def test_state_alone_never_ends_a_connection() -> None:
     broadcast, slow = Broadcast(backlog=Bounds(3, 1000)), FakeSocket(room=1)
     broadcast.subscribe(slow, ALL)

@@ -39,9 +39,6 @@ class EventLimits:
     burst: float = 400.0
 
 
-DEFAULT_LIMITS: Final = EventLimits()
-
-
 class Envelope(msgspec.Struct):
     """A client's message; `data` is JSON that is passed on as it is."""
 
@@ -74,39 +71,49 @@ class Allowance:
         return self._n_left >= 0
 
 
-def connect(
-    broadcast: Broadcast,
-    monitor: Monitor,
-    request: Request,
-    *,
-    shutdown: Callable[[], None],
-    may_shutdown: bool,
-    limits: EventLimits = DEFAULT_LIMITS,
-    clock: Callable[[], float] = time.monotonic,
-) -> Upgrade:
-    """The answer to a handshake; who may connect is the caller's to check. `shutdown` begins a graceful stop
-    of the server and returns. Raises InvalidRequest for a bad query, Unavailable when all places are taken."""
-    since = _read_since(request)
-    events = request.target.first("events")
-    what = read_filter(events.split(",") if events else None, request.target.first("alias"))
-    if broadcast.n_subscribers >= limits.max_monitors:
-        raise Unavailable("too many WebSocket clients (--max-monitors)", retry_after_s=5)
+@dataclass(frozen=True, slots=True)
+class EventsEndpoint:
+    """Where WebSocket clients come in."""
 
-    async def serve(socket: Socket) -> None:
-        if broadcast.n_subscribers >= limits.max_monitors:  # others came during the handshake
-            socket.close(CloseCode.TRY_AGAIN_LATER, "too many clients")
-            return
-        subscriber = broadcast.subscribe(socket, what, since)
-        client = Client(broadcast, monitor, socket, subscriber, shutdown if may_shutdown else None)
+    broadcast: Broadcast
+    monitor: Monitor
+    shutdown: Callable[[], None]
+    """Begins a graceful stop of the server and returns."""
+    limits: EventLimits = EventLimits()
+    clock: Callable[[], float] = time.monotonic
+
+    def connect(self, request: Request, *, may_shutdown: bool) -> Upgrade:
+        """The answer to a handshake; who may connect is the caller's to check. Raises InvalidRequest for a bad
+        query, Unavailable when all places are taken."""
+        since = _read_since(request)
+        events = request.target.first("events")
+        what = read_filter(events.split(",") if events else None, request.target.first("alias"))
+        if self._is_full:
+            raise Unavailable("too many WebSocket clients (--max-monitors)", retry_after_s=5)
+
+        async def serve(socket: Socket) -> None:
+            if self._is_full:  # others came during the handshake
+                socket.close(CloseCode.TRY_AGAIN_LATER, "too many clients")
+            else:
+                await self._serve(socket, what, since, may_shutdown=may_shutdown)
+
+        return Upgrade(serve, choose_subprotocol(offered_subprotocols(request.headers)))
+
+    @property
+    def _is_full(self) -> bool:
+        return self.broadcast.n_subscribers >= self.limits.max_monitors
+
+    async def _serve(self, socket: Socket, what: Filter, since: int | None, *, may_shutdown: bool) -> None:
+        subscriber = self.broadcast.subscribe(socket, what, since)
+        shutdown = self.shutdown if may_shutdown else None
+        client = Client(self.broadcast, self.monitor, socket, subscriber, shutdown)
         try:
-            broadcast.send_to(subscriber, "welcome", {"id": subscriber.id})
-            monitor.greet(subscriber)
-            broadcast.replay(subscriber)
-            await client.listen(Allowance(limits, clock))
+            self.broadcast.send_to(subscriber, "welcome", {"id": subscriber.id})
+            self.monitor.greet(subscriber)
+            self.broadcast.replay(subscriber)
+            await client.listen(Allowance(self.limits, self.clock))
         finally:
-            broadcast.unsubscribe(subscriber)
-
-    return Upgrade(serve, choose_subprotocol(offered_subprotocols(request.headers)))
+            self.broadcast.unsubscribe(subscriber)
 
 
 class Client:

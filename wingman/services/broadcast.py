@@ -290,13 +290,20 @@ class Broadcast:
                 self._round = iter(tuple(self._subscribers.values()))
             some = tuple(itertools.islice(self._round, n_left))
             for subscriber in some:
-                subscriber.offer(self._pending[0])
+                self._offer(self._pending[0], subscriber)
             n_left -= len(some)
             if n_left:
                 self._round = None
                 self._pending.popleft()
         if self._pending:
             asyncio.get_running_loop().call_soon(self._give_out)
+
+    def _offer(self, message: Message, subscriber: Subscriber) -> None:
+        try:
+            subscriber.offer(message)
+        except Exception:  # a sink of an embedding program; the others must not miss anything by it
+            log.exception("subscriber %s failed", subscriber.id)
+            self.unsubscribe(subscriber)
 
     # -- subscribers ----------------------------------------------------------------------------
 

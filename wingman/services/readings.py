@@ -287,4 +287,4 @@ def _encoded(value: Mapping[str, Any]) -> orjson.Fragment:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
+    return part / whole if whole > 1e-9 else 0.0  # less is no time: the quotient must stay finite
