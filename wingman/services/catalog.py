@@ -191,7 +191,10 @@ def _model(repo: RepoSummary, here: Iterable[str], sources: Sources) -> AIModel 
     """None for a repository without a whole model."""
     time.sleep(0)  # hands over to the loop's thread, which else waits for the interpreter's switch interval
     offered = set(_first_parts(repo.files))
-    items = tuple(_item(repo, path, sources, path in offered) for path in sorted(offered.union(here)))
+    n_params = parameter_count(parameter_text(repo.id)) or repo.n_params
+    items = tuple(
+        _item(repo, path, sources, path in offered, n_params) for path in sorted(offered.union(here))
+    )
     if not items:
         return None
     contexts = [file.context_length for path in here if (file := sources.local.get((repo.id, path)))]
@@ -216,14 +219,16 @@ def _model(repo: RepoSummary, here: Iterable[str], sources: Sources) -> AIModel 
     )
 
 
-def _item(repo: RepoSummary, path: str, sources: Sources, is_offered: bool) -> DownloadableItem:
+def _item(
+    repo: RepoSummary, path: str, sources: Sources, is_offered: bool, n_params: int
+) -> DownloadableItem:
     key = repo.id, path
     status, file = sources.statuses.get(key), sources.local.get(key)
     is_model = file is not None and file.kind == "model"
     is_here = is_model and (repo.id == LOCAL or status == "complete")
     size = file.size if file and is_here else sources.sizes.get(key, 0)
     quant = quantization_of(path)
-    need = -(-(file.need_bytes if file and is_here else _guess_bytes(repo, size, quant)) // _MB)
+    need = -(-(file.need_bytes if file and is_here else _guess_bytes(size, n_params, quant)) // _MB)
     return DownloadableItem(
         model_repo=repo.id,
         model_repo_name=_name(repo.id),
@@ -268,9 +273,8 @@ def _sizes(facts: RepoFacts) -> dict[Key, int]:
     return sizes
 
 
-def _guess_bytes(repo: RepoSummary, size: int, quant: str) -> int:
+def _guess_bytes(size: int, n_params: int, quant: str) -> int:
     """Memory for a model that is not here: its weights; 0 while neither sizes nor names tell."""
-    n_params = parameter_count(parameter_text(repo.id)) or repo.n_params
     return size or round(n_params * bits_per_weight(quant) / 8)
 
 
