@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ import pytest
 
 from wingman.commands.api import CommandFailed
 from wingman.commands.local import LocalApi
-from wingman.config import Config
+from wingman.config import Config, ControlConfig, ModelConfig
 from wingman.errors import ConfigurationError
 from wingman.http.messages import EventStream, Response
 
@@ -28,6 +29,7 @@ class FakeWingman:
     def __init__(self, config: Config, *, listen: bool) -> None:
         assert not listen
         FakeWingman.last = self
+        self.config = config
         self.thread = threading.current_thread()
         self.asked: list[tuple[str, str, bytes]] = []
         self.callbacks: list[Callable[[dict[str, Any]], None]] = []
@@ -65,10 +67,19 @@ def local() -> LocalApi:
 
 def test_a_call_runs_in_process() -> None:
     with closing(local()) as api:
-        assert api.call("/api/x", {"a": "b c"}, method="POST")[0] == 200
-        assert FakeWingman.last.asked == [("POST", "/api/x?a=b+c", b"")]
+        assert api.call("/api/x", {"a": "b c"})[0] == 200
+        assert api.call("/api/x", {"a": "b"}, method="POST")[0] == 200
+        assert FakeWingman.last.asked == [("GET", "/api/x?a=b+c", b""), ("POST", "/api/x", b'{"a":"b"}')]
     assert FakeWingman.last.is_closed
     assert not FakeWingman.last.thread.is_alive()
+
+
+def test_nothing_of_a_servers_start_is_done() -> None:
+    model = ModelConfig(model=Path("x.gguf"), starter=True)
+    with closing(LocalApi(Config(model=model, control=ControlConfig(restore=True)), FakeWingman)):
+        config = FakeWingman.last.config
+    assert (config.model.model, config.model.starter) == (None, False)
+    assert (config.control.control, config.control.restore) == (True, False)
 
 
 def test_events_are_subscribed_while_listened_to() -> None:
@@ -98,4 +109,5 @@ def test_a_failed_start_leaves_no_thread() -> None:
 
     with pytest.raises(ConfigurationError, match="another server"):
         LocalApi(Config(), Failing)
+    assert FakeWingman.last.is_closed
     assert not FakeWingman.last.thread.is_alive()

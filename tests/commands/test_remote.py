@@ -39,15 +39,21 @@ def api_of(server: Loopback, **keys: str) -> RemoteApi:
 # -- calls ----------------------------------------------------------------------------------------
 
 
-def test_a_call_carries_query_method_and_key(server: Loopback) -> None:
-    server.replies["/api/x"] = lambda request: json_reply({"query": dict(request.target.query)}, 202)
+def test_a_call_carries_query_and_key(server: Loopback) -> None:
+    server.replies["/api/x"] = lambda request: json_reply(dict(request.target.query), 202)
     api = api_of(server, admin_key="secret")
-    assert api.call("/api/x", {"a": "b c&d", "e": "/é"}, method="POST") == (
-        202,
-        {"query": {"a": "b c&d", "e": "/é"}},
-    )
-    assert server.requests[0].method == "POST"
+    query = {"a": "b c&d", "e": "/é"}
+    assert api.call("/api/x", query) == (202, query)
     assert server.keys() == ["Bearer secret"]
+
+
+def test_what_is_posted_goes_into_the_body(server: Loopback) -> None:
+    server.replies["/api/x"] = lambda request: json_reply(
+        {"method": request.method, "body": request.body.decode()}
+    )
+    api = api_of(server)
+    assert api.call("/api/x", {"a": "b"}, method="POST") == (200, {"method": "POST", "body": '{"a":"b"}'})
+    assert api.call("/api/x", {}, method="POST") == (200, {"method": "POST", "body": ""})
 
 
 def test_one_key_serves_both_apis_and_two_are_kept_apart(server: Loopback) -> None:

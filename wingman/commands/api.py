@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol
+from urllib.parse import urlencode
 
 import orjson
 
@@ -57,6 +58,13 @@ class Api(Protocol):
 
     def close(self) -> None:
         """Let go; an in-process application stops, its downloads stay resumable."""
+
+
+def control_request(path: str, query: Mapping[str, str], method: str) -> tuple[str, bytes]:
+    """Target and body of a control request. What is posted goes into the body: it may be long."""
+    if method == "POST":
+        return path, orjson.dumps(query) if query else b""
+    return (f"{path}?{urlencode(query)}" if query else path), b""
 
 
 def ask(api: Api, path: str, method: str = "GET", **query: str) -> Any:

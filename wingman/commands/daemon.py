@@ -25,8 +25,8 @@ _MAX_RUNTIME_FILE_BYTES: Final = 65536
 
 def find_daemon(arguments: argparse.Namespace, home: Home) -> RemoteApi | None:
     """The running server, if any. Raises CommandFailed when the one named by --url does not answer."""
-    admin_key = arguments.admin_key or os.environ.get("WINGMAN_ADMIN_KEY")
-    api_key = arguments.api_key or os.environ.get("WINGMAN_API_KEY", "").partition(",")[0]
+    admin_key = arguments.admin_key or _first("WINGMAN_ADMIN_KEY")
+    api_key = arguments.api_key or _first("WINGMAN_API_KEY")
     url = arguments.url or os.environ.get("WINGMAN_URL")
     told = read_runtime_file(home.runtime_file)
     if url:
@@ -40,6 +40,11 @@ def find_daemon(arguments: argparse.Namespace, home: Home) -> RemoteApi | None:
         if is_wingman(address):
             return RemoteApi(address, admin_key, api_key)
     return None
+
+
+def _first(name: str) -> str:
+    """The first key of a variable that may hold several, as the server's may."""
+    return os.environ.get(name, "").partition(",")[0]
 
 
 def is_wingman(address: Address) -> bool:

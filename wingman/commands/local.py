@@ -7,16 +7,16 @@ frozen values and queues. Closing pauses downloads and unloads models, as a serv
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
-from urllib.parse import urlencode
 
 import orjson
 
-from wingman.commands.api import CommandFailed, Message, refusal, sse_messages
+from wingman.commands.api import CommandFailed, Message, control_request, refusal, sse_messages
 from wingman.config import Config
 from wingman.http.messages import EventStream, Response
 
@@ -42,7 +42,7 @@ class LocalApi:
 
     def call(self, path: str, query: Mapping[str, str], *, method: str = "GET") -> tuple[int, Any]:
         """As in `Api`."""
-        answer = self._dispatch(method, f"{path}?{urlencode(query)}" if query else path)
+        answer = self._dispatch(method, *control_request(path, query, method))
         if isinstance(answer, EventStream):
             raise CommandFailed(f"{path} answers with a stream")
         return answer.status, _decode(answer.body)
@@ -101,9 +101,22 @@ async def _start(config: Config, make: Callable[..., Any] | None) -> Any:
         from wingman.lifecycle import Wingman  # the whole application: commands to a server don't need it
 
         make = Wingman
-    wingman = make(config, listen=False)
-    await wingman.start()
+    wingman = make(_for_commands(config), listen=False)
+    try:
+        await wingman.start()
+    except BaseException:
+        await wingman.close()
+        raise
     return wingman
+
+
+def _for_commands(config: Config) -> Config:
+    """The same without anything that a server would load when it starts."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, model=None, starter=False),
+        control=dataclasses.replace(config.control, control=True, restore=False),
+    )
 
 
 async def _on_loop(work: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ from wingman.errors import InvalidRequest
 from wingman.services.home import LOCAL, Home, split_parts
 from wingman.services.items import ACTIVE_INFERENCE, DownloadableItem, DownloadItem, WingmanItem
 from wingman.services.modelnames import model_name, names_of
-from wingman.services.quantization import quantization as quantization_of
+from wingman.services.quantization import quantization_of
 
 T = TypeVar("T")
 _MAX_NAMED: Final = 12

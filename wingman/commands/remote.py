@@ -10,11 +10,11 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import SplitResult, urlencode, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import orjson
 
-from wingman.commands.api import CommandFailed, Message, refusal, sse_messages
+from wingman.commands.api import CommandFailed, Message, control_request, refusal, sse_messages
 from wingman.commands.eventsocket import open_events
 
 _CALL_TIMEOUT_S: Final = 120.0
@@ -48,10 +48,10 @@ class RemoteApi:
         self, path: str, query: Mapping[str, str], *, method: str = "GET", timeout_s: float = _CALL_TIMEOUT_S
     ) -> tuple[int, Any]:
         """As in `Api`."""
-        target = f"{path}?{urlencode(query)}" if query else path
+        target, sent = control_request(path, query, method)
         connection = _connection(self._control, timeout_s)
         with closing(connection):
-            answer = _request(connection, self._control, method, target, self._admin_key)
+            answer = _request(connection, self._control, method, target, self._admin_key, sent)
             try:
                 body = answer.read(_MAX_BODY_BYTES)
             except (OSError, http.client.HTTPException):
@@ -99,13 +99,13 @@ def _request(
     method: str,
     target: str,
     key: str | None,
-    body: bytes | None = None,
+    body: bytes = b"",
 ) -> http.client.HTTPResponse:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    if body is not None:
+    if body:
         headers["Content-Type"] = "application/json"
     try:
-        connection.request(method, url.path.rstrip("/") + target, body, headers)
+        connection.request(method, url.path.rstrip("/") + target, body or None, headers)
         return connection.getresponse()
     except (OSError, http.client.HTTPException):
         raise _no_answer(url) from None
