@@ -13,7 +13,6 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
@@ -219,18 +218,19 @@ def _open_client() -> httpx2.AsyncClient:
     return get_async_session()
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise UpstreamFailure("the Hub redirects to something that is no address") from None
-    return parts.scheme, parts.hostname, port or {"http": 80, "https": 443}.get(parts.scheme)
+def _origin(url: str) -> tuple[str, str, int | None]:
+    """By the parser that connects: another could be told another host. Raises httpx2.InvalidURL."""
+    import httpx2
+
+    parsed = httpx2.URL(url)
+    return parsed.scheme, parsed.host, parsed.port
 
 
 def _next_url(url: str, location: str) -> str:
     """Where a redirect leads; it may not leave TLS."""
-    target = urljoin(url, location)
+    import httpx2
+
+    target = str(httpx2.URL(url).join(location))
     schemes = {"https"} if _origin(url)[0] == "https" else {"http", "https"}
     if _origin(target)[0] not in schemes:
         raise UpstreamFailure("the Hub redirects to an address that is not safe")
