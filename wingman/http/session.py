@@ -170,7 +170,7 @@ class WebSocketSession:
             return
         if now >= due:
             self.push(ping_frame())
-            due += self._limits.ping_timeout_s
+            due = min(now + self._limits.ping_interval_s, due + self._limits.ping_timeout_s)
         self._timer = self._loop.call_at(due, self._check_silence)
 
     def _stop_timer(self) -> None:
