@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Final
 
 from wingman.commands.api import Api, EventsRefused, Message
@@ -17,8 +17,9 @@ def follow(
     is_ours: Callable[[Message], bool],
     fetch: Callable[[], Message],
     sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Message]:
-    """The item now and after each change, for ever. Raises what `fetch` raises: when the server is gone."""
+) -> Generator[Message, None, None]:
+    """The item now and after each change, until it is closed. Raises what `fetch` raises, as when the server
+    is gone."""
     try:
         with api.events((event,)) as messages:
             yield fetch()

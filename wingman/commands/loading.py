@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from typing import Final
 
 from wingman.commands.api import Api, CommandFailed, Message, ask
@@ -76,19 +77,22 @@ def _free_alias(model: DownloadItem, models: list[DownloadItem], items: dict[str
 def load(api: Api, output: Output, query: dict[str, str]) -> Message:
     """Start a model and wait until it is loaded; its item. Raises CommandFailed when it does not load."""
     alias = query["alias"]
+    if not query["modelRepo"]:
+        raise CommandFailed(f"{alias} is the model of wingman serve --model: it is loaded when that starts")
     item = ask(api, "/api/inference/start", "POST", **query)
     if [item["modelRepo"], item["filePath"]] != [query["modelRepo"], query["filePath"]]:
         raise CommandFailed(f"{alias} is {item['filePath']} already: choose another with --alias")
-    with output.progress(f"loading {alias}", unit="%") as bar:
-        for now in follow(
-            api, "inference_status", lambda m: m.get("alias") == alias, lambda: _fetch(api, alias)
-        ):
-            if now["status"] == "inferring":
-                return now
-            if now["status"] not in ("queued", "preparing"):
-                raise CommandFailed(f"{alias} did not load: {now['error'] or now['status']}")
-            bar.show(round(100 * now.get("progress", 0.0)), 100, now["status"])
-    raise AssertionError("following never ends")
+    states = follow(
+        api, "inference_status", lambda message: message.get("alias") == alias, lambda: _fetch(api, alias)
+    )
+    with output.progress(f"loading {alias}", unit="%") as bar, closing(states):
+        for state in states:
+            if state["status"] not in ("queued", "preparing"):
+                break
+            bar.show(round(100 * state.get("progress", 0.0)), 100, state["status"])
+    if state["status"] != "inferring":
+        raise CommandFailed(f"{alias} did not load: {state['error'] or state['status']}")
+    return state
 
 
 def _fetch(api: Api, alias: str) -> Message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -83,14 +84,15 @@ def _report(api: Api, output: Output, item: Message, reason: str) -> int:
 def wait(api: Api, output: Output, item: Message) -> Message:
     """Show a download until it is complete, failed or cancelled; its last state."""
     repo, file_path = item["modelRepo"], item["filePath"]
-    with output.progress(file_path.rpartition("/")[2]) as bar:
-        for now in follow(
-            api,
-            "download_status",
-            lambda message: (message.get("modelRepo"), message.get("filePath")) == (repo, file_path),
-            lambda: _fetch(api, repo, file_path),
-        ):
-            item = {key: value for key, value in now.items() if key not in ("event", "seq")}
+    states = follow(
+        api,
+        "download_status",
+        lambda message: (message.get("modelRepo"), message.get("filePath")) == (repo, file_path),
+        lambda: _fetch(api, repo, file_path),
+    )
+    with output.progress(file_path.rpartition("/")[2]) as bar, closing(states):
+        for state in states:
+            item = {key: value for key, value in state.items() if key not in ("event", "seq")}
             if item["status"] not in _OPEN:
                 break
             words = item["downloadSpeed"] if item["status"] == "downloading" else item["status"]
