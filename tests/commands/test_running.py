@@ -107,6 +107,13 @@ def test_start_of_a_taken_alias_says_so(terminal: Terminal, ready: FakeApi) -> N
     assert "smol is other.gguf already: choose another with --alias" in err
 
 
+def test_the_model_of_the_server_itself_is_not_started(terminal: Terminal, ready: FakeApi) -> None:
+    ready.items = [running("own", status="error", modelRepo="", filePath="/own.gguf")]
+    status, _, err = terminal.run("start", "own")
+    assert (status, ready.posted()) == (1, [])
+    assert "wingman serve --model" in err
+
+
 def test_start_of_half_a_model_says_how_to_get_the_rest(terminal: Terminal, ready: FakeApi) -> None:
     ready.downloads = [download(status="error", progress=0.25, error="the Hub is away")]
     status, _, err = terminal.run("start", FILE)

@@ -88,18 +88,19 @@ class Progress:
 
     def show(self, done: float, total: float, words: str = "") -> None:
         """Show `done` of `total`, 0 for unknown, with `words` behind the bar."""
-        bar = self._bar = self._bar or self._open(done)
+        bar = self._bar = self._bar or self._open(done, total)
         bar.total = total or None
         bar.n = done
         bar.set_postfix_str(printable(words))
 
-    def _open(self, done: float) -> Any:
+    def _open(self, done: float, total: float) -> Any:
         """A bar that counts from where things are, so that its rate is true for what is resumed."""
         from tqdm import tqdm
 
         return tqdm(
             desc=self._title,
             initial=done,
+            total=total or None,
             unit=self._unit,
             unit_scale=True,
             bar_format=_BAR,

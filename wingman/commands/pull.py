@@ -83,6 +83,8 @@ def _report(api: Api, output: Output, item: Message, reason: str) -> int:
 
 def wait(api: Api, output: Output, item: Message) -> Message:
     """Show a download until it is complete, failed or cancelled; its last state."""
+    if item["status"] == "complete":
+        return item
     repo, file_path = item["modelRepo"], item["filePath"]
     states = follow(
         api,
@@ -93,10 +95,10 @@ def wait(api: Api, output: Output, item: Message) -> Message:
     with output.progress(file_path.rpartition("/")[2]) as bar, closing(states):
         for state in states:
             item = {key: value for key, value in state.items() if key not in ("event", "seq")}
-            if item["status"] not in _OPEN:
-                break
             words = item["downloadSpeed"] if item["status"] == "downloading" else item["status"]
             bar.show(item["downloadedBytes"], item["totalBytes"], words)
+            if item["status"] not in _OPEN:
+                break
     return item
 
 
