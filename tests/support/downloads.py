@@ -49,7 +49,7 @@ class ScriptedHub:
 
     files: dict[tuple[str, str], bytes] = field(default_factory=dict)
     script: list[str] = field(default_factory=list)
-    """`cut` half-way, `refuse`, `damage` a byte, `hang` for ever."""
+    """`cut` or `hang` half-way, `refuse`, `damage` a byte."""
     chunk_bytes: int = 1000
     opened: list[tuple[str, int, str]] = field(default_factory=list)
     """Path, start and ETag of each try."""
@@ -76,7 +76,8 @@ class ScriptedHub:
     async def _chunks(self, file: RemoteFile, start: int, event: str) -> AsyncGenerator[bytes, None]:
         await asyncio.sleep(0)
         content = self.files[file.repo, file.path]
-        stop = {"cut": start + (len(content) - start) // 2, "refuse": start}.get(event, len(content))
+        half = start + (len(content) - start) // 2
+        stop = {"cut": half, "hang": half, "refuse": start}.get(event, len(content))
         if event == "damage":
             content = content[:-1] + bytes([content[-1] ^ 1])
         for position in range(start, stop, self.chunk_bytes):
