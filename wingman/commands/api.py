@@ -75,6 +75,14 @@ def ask(api: Api, path: str, method: str = "GET", **query: str) -> Any:
     return body
 
 
+def decode_json(body: bytes) -> Any:
+    """A body's JSON; None when it is none."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+
+
 def refusal(status: int, body: Any) -> CommandFailed:
     """The exception for an answer that is an error."""
     error = body.get("error") if isinstance(body, dict) else None

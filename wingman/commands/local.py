@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from wingman.commands.api import CommandFailed, Message, control_request, refusal, sse_messages
+from wingman.commands.api import CommandFailed, Message, control_request, decode_json, refusal, sse_messages
 from wingman.config import Config
 from wingman.http.messages import EventStream, Response
 
@@ -45,7 +45,7 @@ class LocalApi:
         answer = self._dispatch(method, *control_request(path, query, method))
         if isinstance(answer, EventStream):
             raise CommandFailed(f"{path} answers with a stream")
-        return answer.status, _decode(answer.body)
+        return answer.status, decode_json(answer.body)
 
     @contextmanager
     def events(self, names: Sequence[str], idle_s: float = 1.0) -> Iterator[Iterator[Message | None]]:
@@ -61,7 +61,7 @@ class LocalApi:
         """As in `Api`."""
         answer = self._dispatch("POST", path, orjson.dumps(body))
         if isinstance(answer, Response):
-            raise refusal(answer.status, _decode(answer.body))
+            raise refusal(answer.status, decode_json(answer.body))
         inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         pump = asyncio.run_coroutine_threadsafe(_pump(answer, inbox.put), self._loop)
         try:
@@ -149,10 +149,3 @@ def _received(inbox: queue.SimpleQueue[Message], idle_s: float) -> Iterator[Mess
             yield inbox.get(timeout=idle_s)
         except queue.Empty:
             yield None
-
-
-def _decode(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None

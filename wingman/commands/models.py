@@ -70,12 +70,14 @@ def _list_hub(session: Session) -> int:
 
 
 def _offer(model: Message) -> tuple[object, ...]:
-    items = [
-        (item["quantization"] or item["filePath"])
-        + ("*" if item["isDownloaded"] else "" if item["isInferable"] else "!")
-        for item in model["items"]
-    ]
-    return model["id"], model["size"], model["downloads"], model["likes"], " ".join(items)
+    items = " ".join((item["quantization"] or item["filePath"]) + _mark(item) for item in model["items"])
+    return model["id"], model["size"], model["downloads"], model["likes"], items
+
+
+def _mark(item: Message) -> str:
+    if item["isDownloaded"]:
+        return "*"
+    return "!" if item["normalizedQuantizedMemRequired"] and not item["isInferable"] else ""
 
 
 def rm_command(session: Session) -> int:

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import orjson
 
-from wingman.commands.api import CommandFailed, Message, control_request, refusal, sse_messages
+from wingman.commands.api import CommandFailed, Message, control_request, decode_json, refusal, sse_messages
 from wingman.commands.eventsocket import open_events
 
 _CALL_TIMEOUT_S: Final = 120.0
@@ -56,7 +56,7 @@ class RemoteApi:
                 body = answer.read(_MAX_BODY_BYTES)
             except (OSError, http.client.HTTPException):
                 raise _no_answer(self._control) from None
-            return answer.status, _decode(body)
+            return answer.status, decode_json(body)
 
     def events(
         self, names: Sequence[str], idle_s: float = 1.0
@@ -70,7 +70,7 @@ class RemoteApi:
         with closing(connection):
             answer = _request(connection, self._inference, "POST", path, self._api_key, orjson.dumps(body))
             if answer.status != 200:
-                raise refusal(answer.status, _decode(answer.read(_MAX_BODY_BYTES)))
+                raise refusal(answer.status, decode_json(answer.read(_MAX_BODY_BYTES)))
             yield from sse_messages(_blocks(answer, self._inference))
 
     def close(self) -> None:
@@ -121,10 +121,3 @@ def _blocks(answer: http.client.HTTPResponse, url: SplitResult) -> Iterator[byte
 
 def _no_answer(url: SplitResult) -> CommandFailed:
     return CommandFailed(f"no answer from {url.scheme}://{url.netloc}: does the server run?")
-
-
-def _decode(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None
