@@ -226,7 +226,6 @@ class WebSocketConnection:
         if self.state is not SocketState.OPEN:
             return b""
         self.state = SocketState.LOCAL_CLOSING
-        self._message = None
         return data
 
     def _control_event(self, opcode: Opcode, payload: bytes) -> SocketEvent:

@@ -117,8 +117,9 @@ def test_after_our_close_frame_messages_are_dropped() -> None:
     assert pull(connection) == []
     assert connection.send_close(1013, "later") == close_frame(1013, "later")
     assert connection.send_close(1000) == b""
-    connection.receive_data(frame(CONT, b"llo") + HELLO + frame(PONG, b"p") + frame(BINARY, b"*" * (CAP + 1)))
-    assert pull(connection) == [PongReceived(b"p")]
+    for byte in frame(CONT, b"llo") + HELLO + frame(PONG, b"p") + frame(BINARY, b"*" * (CAP + 1)):
+        connection.receive_data(bytes([byte]))
+        assert pull(connection) in ([], [PongReceived(b"p")])
     connection.receive_data(close(1013))
     assert pull(connection) == [CloseReceived(1013, "", b"")]
     assert connection.state is SocketState.CLOSED
