@@ -36,7 +36,7 @@ from wingman.http.stream import ByteStream, WriteTimeout
 
 log = logging.getLogger("wingman.http")
 
-EVENTS_PER_TURN = 32
+EVENTS_PER_TURN = 16
 """Frames handled before other connections get their turn; thousands of them fit in one read."""
 
 

@@ -146,7 +146,7 @@ class SocketStream(asyncio.Protocol):
         return data
 
     def push(self, data: bytes) -> None:  # noqa: D102
-        if not self._lost:
+        if not self._open_transport().is_closing():  # it says so before `connection_lost` comes
             self._open_transport().write(data)
 
     @property
