@@ -61,8 +61,17 @@ def error(status: int, message: str) -> tuple[int, Any]:
 
 HARDWARE = {
     "gpu": {"totalMemoryMB": 0, "freeMemoryMB": 0, "gpus": []},
-    "cpu": {"totalMemoryMB": 8000, "freeMemoryMB": 4000, "name": "Some\x1b CPU"},
-    "os": "Linux",
+    "cpu": {
+        "totalMemoryMB": 8000,
+        "freeMemoryMB": 4000,
+        "name": "Some\x1b CPU",
+        "physicalCores": 2,
+        "logicalCores": 4,
+        "loadPercent": 8.0,
+    },
+    "disk": {"totalMB": 1000, "freeMB": 10},
+    "os": {"name": "Linux", "release": "6", "machine": "riscv64"},
+    "llama": {"build": "b1", "systemInfo": "RVV", "canOffload": True},
 }
 
 

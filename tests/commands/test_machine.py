@@ -10,14 +10,35 @@ import pytest
 from tests.commands.fakes import HARDWARE, FakeApi, Terminal, download, error, parser, running
 from wingman.commands import COMMANDS, _function
 from wingman.commands.output import printable, size_text
+from wingman.commands.pull import free_memory
 from wingman.services.home import Home
 
 
 def test_hardware(terminal: Terminal) -> None:
     status, out, _ = terminal.run("hardware")
     assert status == 0
-    assert "Some\\x1b CPU" in out
+    assert out.splitlines() == [
+        "gpu     none",
+        "cpu     Some\\x1b CPU, 2 cores, 4 logical, 8% busy",
+        "memory  4.2 GB of 8.4 GB free",
+        "disk    10.5 MB of 1.0 GB free",
+        "os      Linux 6 riscv64",
+        "llama   b1 RVV",
+    ]
     assert orjson.loads(terminal.run("hardware", "--json")[1]) == HARDWARE
+
+
+def test_hardware_with_a_gpu(terminal: Terminal, api: FakeApi) -> None:
+    gpu = {"name": "G", "totalMemoryMB": 1000, "freeMemoryMB": 0, "utilizationPercent": 7, "temperatureC": 40}
+    api.replies["/api/hardware"] = lambda _: (200, {"gpu": {"totalMemoryMB": 1000, "gpus": [gpu]}})
+    assert "gpu     G, 0 B of 1.0 GB free, 7% busy, 40 \u00b0C\n" in terminal.run("hardware")[1]
+
+
+def test_models_go_to_a_gpu_that_can_be_used() -> None:
+    gpu = {"totalMemoryMB": 3, "freeMemoryMB": 2}
+    machine = {"gpu": gpu, "cpu": {"freeMemoryMB": 1}, "llama": {"canOffload": True}}
+    assert free_memory(machine) == (2 * 2**20, True)
+    assert free_memory(machine | {"llama": {"canOffload": False}}) == (2**20, False)
 
 
 def test_shutdown(terminal: Terminal, api: FakeApi) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlencode
 
+import msgspec
 import orjson
 
 from protocol.errors import RemoteProtocolError
 from protocol.sse import SseParser
 from wingman.errors import WingmanError
 
+T = TypeVar("T")
 Message = dict[str, Any]
 """One message of the event socket, or one chunk of a streamed answer."""
 
@@ -81,6 +83,14 @@ def decode_json(body: bytes) -> Any:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
+
+
+def read_as(value: Any, kind: type[T]) -> T:
+    """Decoded JSON as a type. Raises CommandFailed when it does not fit."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        raise CommandFailed("the server's answer can't be understood; is it of another version?") from None
 
 
 def refusal(status: int, body: Any) -> CommandFailed:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from wingman.commands.api import ask
+from wingman.commands.api import ask, read_as
+from wingman.commands.output import size_text
 from wingman.commands.session import Session
+from wingman.services.hardware import Gpu, HardwareInfo
 
 
 def hardware_command(session: Session) -> int:
@@ -14,8 +14,8 @@ def hardware_command(session: Session) -> int:
     if session.output.is_json:
         session.output.document(hardware)
         return 0
-    for title, text in describe(hardware):
-        session.output.line(f"{title:<7} {text}")
+    for title, text in describe(read_as(hardware, HardwareInfo)):
+        session.output.line(f"{title:<8}{text}")
     return 0
 
 
@@ -28,17 +28,27 @@ def shutdown_command(session: Session) -> int:
     return 0
 
 
-def describe(hardware: dict[str, Any]) -> list[tuple[str, str]]:
-    """Titles and texts of what /api/hardware tells."""
-    rows = [("gpu", _named(gpu)) for gpu in hardware["gpu"].get("gpus", [])] or [("gpu", "none")]
-    rows.append(("cpu", _named(hardware["cpu"])))
-    return rows + [(name, _named(hardware[name])) for name in ("disk", "os", "llama") if hardware.get(name)]
+def describe(machine: HardwareInfo) -> list[tuple[str, str]]:
+    """Titles and texts of what the machine has."""
+    cpu, disk, system, llama = machine.cpu, machine.disk, machine.os, machine.llama
+    cores = f"{cpu.physical_cores} cores, {cpu.logical_cores} logical, {cpu.load_percent:.0f}% busy"
+    gpus = [("gpu", _gpu_text(gpu)) for gpu in machine.gpu.gpus] or [("gpu", "none")]
+    rows = [
+        *gpus,
+        ("cpu", ", ".join(filter(None, (cpu.name, cores)))),
+        ("memory", _room(cpu.free_memory_mb, cpu.total_memory_mb)),
+        ("disk", _room(disk.free_mb, disk.total_mb)),
+        ("os", " ".join(filter(None, (system.name, system.release, system.machine)))),
+        ("llama", " ".join(filter(None, (llama.build, llama.system_info)))),
+    ]
+    return [(title, text) for title, text in rows if text]
 
 
-def _named(facts: Any) -> str:
-    """Facts in one line: the name first, then what else is known."""
-    if not isinstance(facts, dict):
-        return str(facts)
-    name = [str(facts["name"])] if facts.get("name") else []
-    rest = [f"{key} {value}" for key, value in facts.items() if key != "name" and value not in ("", None)]
-    return ", ".join(name + rest)
+def _gpu_text(gpu: Gpu) -> str:
+    use = f"{gpu.utilization_percent}% busy, {gpu.temperature_c} \u00b0C"
+    driver = f"driver {gpu.driver}" if gpu.driver else ""
+    return ", ".join(filter(None, (gpu.name, _room(gpu.free_memory_mb, gpu.total_memory_mb), use, driver)))
+
+
+def _room(free_mb: int, total_mb: int) -> str:
+    return f"{size_text(free_mb * 2**20) or '0 B'} of {size_text(total_mb * 2**20)} free" if total_mb else ""

@@ -8,30 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-import msgspec
 import orjson
 
-from wingman.commands.api import Api, CommandFailed, ask
+from wingman.commands.api import Api, CommandFailed, ask, read_as
 from wingman.errors import InvalidRequest
 from wingman.services.home import LOCAL, Home, split_parts
 from wingman.services.items import ACTIVE_INFERENCE, DownloadableItem, DownloadItem, WingmanItem
 from wingman.services.modelnames import model_name, names_of
 from wingman.services.quantization import quantization_of
 
-T = TypeVar("T")
 _MAX_NAMED: Final = 12
 
 
 def read_download(item: Any) -> DownloadItem:
     """A DownloadItem of an answer. Raises CommandFailed when it is none."""
-    return _read(item, DownloadItem)
+    return read_as(item, DownloadItem)
 
 
 def read_items(api: Api, **query: str) -> list[WingmanItem]:
     """The WingmanItems that the API has. Raises CommandFailed."""
-    return _read(ask(api, "/api/inference", **query), dict[str, list[WingmanItem]])["WingmanItems"]
+    return read_as(ask(api, "/api/inference", **query), dict[str, list[WingmanItem]])["WingmanItems"]
 
 
 def active_items(api: Api) -> list[WingmanItem]:
@@ -41,10 +39,10 @@ def active_items(api: Api) -> list[WingmanItem]:
 
 def known_models(api: Api) -> list[DownloadItem]:
     """Every download, and as complete ones the files in the models folder that come from no repository."""
-    downloads = _read(ask(api, "/api/downloads"), dict[str, list[DownloadItem]])["DownloadItems"]
+    downloads = read_as(ask(api, "/api/downloads"), dict[str, list[DownloadItem]])["DownloadItems"]
     status, body = api.call("/api/models", {"modelRepo": LOCAL})
     models = body["models"] if status == 200 else []
-    files = [_read(item, DownloadableItem) for model in models for item in model["items"]]
+    files = [read_as(item, DownloadableItem) for model in models for item in model["items"]]
     own = [
         DownloadItem(
             model_repo=LOCAL, file_path=file.file_path, total_bytes=file.size_bytes, status="complete"
@@ -53,13 +51,6 @@ def known_models(api: Api) -> list[DownloadItem]:
         if file.model_repo == LOCAL
     ]
     return sorted(downloads + own, key=lambda item: item.key)
-
-
-def _read(value: Any, kind: type[T]) -> T:
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError:
-        raise CommandFailed("the server's answer can't be understood; is it of another version?") from None
 
 
 def told_quantization(item: DownloadItem) -> str:

@@ -183,5 +183,5 @@ def _choose_fitting(api: Api, target: Target, offers: list[Message]) -> tuple[st
 
 def free_memory(hardware: dict[str, Any]) -> tuple[int, bool]:
     """Bytes a model may take, and whether on a GPU: /api/hardware's numbers."""
-    on_gpu = hardware["gpu"]["totalMemoryMB"] > 0
+    on_gpu = hardware["gpu"]["totalMemoryMB"] > 0 and hardware.get("llama", {}).get("canOffload", True)
     return hardware["gpu" if on_gpu else "cpu"]["freeMemoryMB"] * _MB, on_gpu
