@@ -18,13 +18,16 @@ from typing import Any, TypeVar
 
 from protocol import Headers, parse_target
 from tests.support.runner import EOS, ScriptedRunner
-from wingman.app import App
+from wingman.app import App, open_gates
 from wingman.config import Config, ContextConfig, ServerConfig
 from wingman.engine.client import Engine
 from wingman.engine.runner import Batch, Samples
 from wingman.engine.types import FimTokens, LoraInfo, PoolingType, SlotJob, SlotMove
-from wingman.http.access import Keys
 from wingman.http.messages import EventStream, Request, Response
+from wingman.services.deployments import Deployer, Deployment
+from wingman.services.home import Home
+from wingman.services.inference import Inference
+from wingman.services.itemstore import NoStore
 from wingman.services.residency import Residency
 
 T = TypeVar("T")
@@ -84,23 +87,37 @@ class Served:
     def __init__(self, *, ranks: bool) -> None:
         self._speaker = Speaker(ranks=ranks)
         self._folder = tempfile.TemporaryDirectory(prefix="slots-")
-        config = Config(
+        self._config = config = Config(
             context=ContextConfig(parallel=N_SLOTS, n_predict=24, max_embed_inputs=32),
             server=ServerConfig(
                 slot_save_path=Path(self._folder.name), props=True, metrics=True, verbose=ranks
             ),
         )
-        self._residency = Residency(config, lambda *_: self._speaker)
-        self._app = App(config, self._residency, Keys(()))
+        self._residency = Residency(make_runner=lambda *_: self._speaker)
+        deployer = Deployer(config, Home(Path(self._folder.name)), list)
+        self._inference = Inference(
+            config,
+            deployer,
+            NoStore(),
+            self._residency,
+            downloads=list,
+            capacity=lambda _: 2**63,
+            announce=lambda *_: None,
+        )
+        self._app = App(config, open_gates(), self._inference)
 
     async def load(self) -> None:
         """Start the engine."""
-        await self._residency.load()
+        await self._inference.start_up()
+        deployment = Deployment("fuzz", self._config, is_forced=True)
+        self._inference.serve(deployment)
+        self._residency.want(deployment)
+        (await self._residency.join("fuzz")).release()
 
     @property
     def engine(self) -> Engine:
         """The loaded model's engine."""
-        return self._residency.served().engine
+        return self._residency.peek("fuzz").engine
 
     async def answer(
         self, target: str, body: bytes, seed: int, *, keeps: bool = False

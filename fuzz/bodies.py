@@ -21,7 +21,7 @@ from msgspec import inspect
 
 from fuzz.application import run, served
 from protocol import SseParser
-from wingman.app import MODEL_ROUTES
+from wingman.api.routes import MODEL_ROUTES
 
 STATUSES = frozenset({200, 400, 404, 413, 429, 501})
 ERROR_TYPES = {

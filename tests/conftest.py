@@ -13,6 +13,15 @@ from tools.tinymodel import write_llama
 from wingman.services.starter import fetch_starter
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test touches the home folder of who runs it, nor asks the Hub on the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINGMAN_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        yield
+
+
 @pytest.fixture(scope="session")
 def starter_model() -> Path:
     """SmolLM2-135M-Instruct, got the way `wingman serve --starter` gets it."""

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from wingman.cli import build_parser, load_config
-from wingman.config import GROUPS, RANDOM_SEED, Config, canonical_samplers, option_of, samplers_from_letters
+from wingman.config import GROUPS, Config
 from wingman.errors import ConfigurationError
+from wingman.options import RANDOM_SEED, canonical_samplers, option_of, samplers_from_letters
 
 
 def config(*arguments: str, environment: dict[str, str] | None = None) -> Config:

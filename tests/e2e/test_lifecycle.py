@@ -113,7 +113,7 @@ def test_what_can_not_be_started_says_why(tmp_path: Path, starter_model: Path) -
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(200))
     for arguments, message in (
-        ((), "which model?"),
+        (("--starter", "--no-control"), "leave out --no-control"),
         (("--model", str(tmp_path / "none.gguf")), "is not a file"),
         (("--model", str(broken), "--port", "0"), "can't load"),
         (("--model", str(starter_model), "--host", "0.0.0.0"), "--insecure"),
@@ -192,23 +192,23 @@ def test_logs_as_json_carry_the_request_id(start_server: Callable[..., ServerPro
 # -- in this process, with a scripted model -------------------------------------------------------
 
 
-def in_process(make_runner: Callable[[ModelConfig, ContextConfig], ScriptedRunner]) -> Wingman:
+def in_process(make_runner: Callable[..., ScriptedRunner], model: Path) -> Wingman:
     config = Config(
-        model=ModelConfig(model=Path("scripted.gguf")),
+        model=ModelConfig(model=model),
         context=ContextConfig(parallel=2),
         server=ServerConfig(port=0),
     )
     return Wingman(config, make_runner)
 
 
-async def test_while_the_model_loads_everything_answers_503_but_live() -> None:
+async def test_while_the_model_loads_everything_answers_503_but_live(tiny_model: Path) -> None:
     may_load = threading.Event()
 
     def slow(*_: object) -> ScriptedRunner:
         may_load.wait(30)
         return ScriptedRunner()
 
-    wingman = in_process(slow)
+    wingman = in_process(slow, tiny_model)
     starting = asyncio.create_task(wingman.start())
     while not wingman.addresses:  # noqa: ASYNC110 - it has no event for this
         await asyncio.sleep(0.01)
@@ -226,19 +226,19 @@ async def test_while_the_model_loads_everything_answers_503_but_live() -> None:
     await wingman.close()
 
 
-async def test_a_failed_load_is_reported() -> None:
+async def test_a_failed_load_is_reported(tiny_model: Path) -> None:
     def broken(*_: object) -> ScriptedRunner:
         raise ModelLoadFailure("no such weights")
 
-    wingman = in_process(broken)
+    wingman = in_process(broken, tiny_model)
     with pytest.raises(ModelLoadFailure, match="no such weights"):
         await wingman.start()
     await wingman.close()
 
 
-async def test_a_failed_step_is_a_500_for_its_jobs_and_the_server_goes_on() -> None:
+async def test_a_failed_step_is_a_500_for_its_jobs_and_the_server_goes_on(tiny_model: Path) -> None:
     runner = ScriptedRunner()
-    wingman = in_process(lambda *_: runner)
+    wingman = in_process(lambda *_: runner, tiny_model)
     await wingman.start()
     async with httpx.AsyncClient(base_url=f"http://{wingman.addresses[0]}") as client:
         runner.fail_at = {runner.n_steps + 2}
@@ -256,7 +256,7 @@ async def test_a_failed_step_is_a_500_for_its_jobs_and_the_server_goes_on() -> N
     assert runner.is_closed
 
 
-async def test_a_step_that_hangs_shows_in_ready() -> None:
+async def test_a_step_that_hangs_shows_in_ready(tiny_model: Path) -> None:
     may_go_on = threading.Event()
 
     class Stuck(ScriptedRunner):
@@ -265,7 +265,7 @@ async def test_a_step_that_hangs_shows_in_ready() -> None:
             return super().run(batch)
 
     config = Config(
-        model=ModelConfig(model=Path("scripted.gguf")),
+        model=ModelConfig(model=tiny_model),
         context=ContextConfig(parallel=2, step_timeout=0.05),
         server=ServerConfig(port=0),
     )

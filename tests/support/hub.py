@@ -14,138 +14,18 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
-Listener = Literal["hub", "cdn"]
+from tests.support.hubrepos import NO_FAULT, Exchange, Fault, File, Listener, Repo, chunks
+
 _CHUNK = 64 * 1024
 _TIME = "2026-01-02T03:04:05.000Z"
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
-
-
-@dataclass(slots=True)
-class Exchange:
-    """A request and what it got."""
-
-    listener: Listener
-    method: str
-    path: str
-    """Decoded, without the query."""
-    query: dict[str, list[str]]
-    headers: dict[str, str]
-    """Names in lower case."""
-    status: int = 0
-    bytes_sent: int = 0
-    """Of the body."""
-
-    @property
-    def range(self) -> str | None:
-        """Its Range header."""
-        return self.headers.get("range")
-
-    @property
-    def token(self) -> str | None:
-        """The token it carries."""
-        return self.headers.get("authorization", "").removeprefix("Bearer ") or None
-
-
-@dataclass(slots=True)
-class Fault:
-    """How one file misbehaves; each None or False means: as it should."""
-
-    status: int | None = None
-    """Answered instead of the file, by `where`."""
-    where: Listener = "hub"
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """Sent with `status`, such as Retry-After."""
-    method: str | None = None
-    """Only requests of this method; None: HEAD and GET."""
-    cut_after: int | None = None
-    """The connection ends after so many bytes of the body."""
-    drip: tuple[int, float] | None = None
-    """So many bytes at a time, with so many seconds between them."""
-    stall_after: int | None = None
-    """Nothing comes after so many bytes, until the server closes."""
-    wrong_hash: bool = False
-    """The last byte of the file is another than its sha256 says."""
-    lie_length: int | None = None
-    """Content-Length of a whole body; fewer bytes end it early, more break it."""
-    lie_size: int | None = None
-    """X-Linked-Size."""
-    change_etag: bool = False
-    """Every answer of the bytes has a new ETag, so If-Range never holds."""
-    no_range: bool = False
-    """Ranges are ignored: always 200 and everything."""
-    redirect: str | None = None
-    """Where the bytes are said to be, instead of the CDN."""
-    times: int | None = None
-    """Requests that it hits; None: all."""
-
-    def hits(self, listener: Listener, method: str, serves_bytes: bool) -> bool:
-        """Whether it concerns a request. A fault of bytes counts where the bytes are."""
-        if self.method is not None and method != self.method:
-            return False
-        if self.status is not None:
-            return listener == self.where
-        if self.redirect is not None or self.lie_size is not None:
-            return listener == "hub"
-        return serves_bytes and method == "GET"
-
-
-_NO_FAULT = Fault()
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """One version of a file."""
-
-    content: bytes | Path
-    size: int
-    sha256: str
-    blob_id: str
-    is_lfs: bool
-
-    @classmethod
-    def of(cls, path: str, content: bytes | Path) -> Self:
-        """Hash it; a Path is read in chunks and must not change afterwards."""
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        sha256, sha1 = hashlib.sha256(), hashlib.sha1(f"blob {size}\0".encode())
-        for chunk in _chunks(content, 0, size):
-            sha256.update(chunk)
-            sha1.update(chunk)
-        is_lfs = path.lower().endswith(".gguf") or size > 10 * 2**20
-        return cls(content, size, sha256.hexdigest(), sha1.hexdigest(), is_lfs)
-
-    @property
-    def lfs(self) -> dict[str, Any] | None:
-        """As the model's info has it."""
-        return {"sha256": self.sha256, "size": self.size, "pointerSize": 134} if self.is_lfs else None
-
-
-@dataclass(slots=True)
-class Repo:
-    """A repository with all its commits."""
-
-    id: str
-    commits: dict[str, dict[str, File]]
-    revisions: dict[str, str]
-    """Branch or tag -> commit."""
-    gated: bool
-    private: bool
-    token: str | None
-    """The only one that may read it, when gated or private."""
-    downloads: int
-    likes: int
-
-    def commit(self, revision: str) -> str | None:
-        """The commit that a branch, tag or commit names."""
-        commit = self.revisions.get(revision, revision)
-        return commit if commit in self.commits else None
 
 
 class HubServer:
@@ -239,7 +119,7 @@ class HubServer:
                     if fault.times is not None:
                         fault.times -= 1
                     return fault
-        return _NO_FAULT
+        return NO_FAULT
 
     def etag(self, file: File, fault: Fault) -> str:
         """The ETag of a file's bytes, quoted."""
@@ -557,7 +437,7 @@ def _send_bytes(handler: _Handler, file: File, fault: Fault, start: int, end: in
     size, pause_s = _pace(handler.server.hub, fault)
     for position in range(start, stop, size):
         length = min(size, stop - position)
-        for chunk in _chunks(file.content, position, length):
+        for chunk in chunks(file.content, position, length):
             is_last = fault.wrong_hash and position + length == file.size
             handler.send_body(chunk[:-1] + bytes([chunk[-1] ^ 1]) if is_last else chunk)
         if closing.wait(pause_s) if pause_s else closing.is_set():
@@ -573,16 +453,3 @@ def _pace(hub: HubServer, fault: Fault) -> tuple[int, float]:
     if hub.throttle is not None:
         return max(1, hub.throttle // 50), 0.02
     return _CHUNK, 0.0
-
-
-def _chunks(content: bytes | Path, start: int, length: int) -> Iterator[bytes]:
-    """A part of a file, at most 64 KiB at a time."""
-    if isinstance(content, bytes):
-        for position in range(start, start + length, _CHUNK):
-            yield content[position : min(position + _CHUNK, start + length)]
-        return
-    with content.open("rb") as file:
-        file.seek(start)
-        while length > 0 and (chunk := file.read(min(_CHUNK, length))):
-            length -= len(chunk)
-            yield chunk

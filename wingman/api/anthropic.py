@@ -22,7 +22,7 @@ from wingman.api.schema import parse_body
 from wingman.api.turns import Turn, check_turn, count_tokens, prepare_turn
 from wingman.engine.types import Finished, StopType, TokenProb
 from wingman.http.messages import Answer, Request, Response
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 Endpoint = Callable[[ServedModel, Request], Awaitable[Answer]]
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import orjson
 
 from wingman.engine.types import Finished
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 INLINE_CHARS: Final = 4096
 """Output of this length is parsed and encoded in well under a millisecond."""

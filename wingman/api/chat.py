@@ -28,7 +28,7 @@ from wingman.chat.output import ArgumentsDelta, ContentDelta, Delta, ParsedCall,
 from wingman.engine.stream import JobStream
 from wingman.engine.types import Finished, Progress, TextDelta, TokenProb
 from wingman.http.messages import Answer, Request, Response
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 
 async def chat(served: ServedModel, request: Request) -> Answer:

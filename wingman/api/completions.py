@@ -19,7 +19,7 @@ from wingman.engine.stream import JobStream
 from wingman.engine.types import Finished, Progress, TextDelta, TokenProb
 from wingman.errors import InvalidRequest
 from wingman.http.messages import Answer, Request, Response
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 
 async def complete(served: ServedModel, request: Request) -> Answer:

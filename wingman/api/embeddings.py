@@ -22,7 +22,7 @@ from wingman.engine.runner import Tokenizer
 from wingman.engine.types import ModelInfo, PoolingType
 from wingman.errors import ContextOverflow, InvalidRequest, NotSupported
 from wingman.http.messages import Request, Response
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 Matrix = npt.NDArray[np.float32]
 _NORM: Final = Range(int, -1, 1024)

@@ -10,11 +10,12 @@ from typing import Any, Final
 from wingman.api.ranges import COUNT_OR_ALL, INT32_MAX, LIMITS, Range, read_number
 from wingman.api.sampling import SamplingReader
 from wingman.api.schema import GenerationFields
-from wingman.config import RANDOM_SEED, Config
+from wingman.config import Config
 from wingman.engine.runner import SamplerParts, Tokenizer
 from wingman.engine.types import Constraint, Job, ModelInfo
 from wingman.errors import InvalidRequest
-from wingman.services.residency import ServedModel
+from wingman.options import RANDOM_SEED
+from wingman.services.served import ServedModel
 
 MAX_STOPS: Final = 256
 """Stop strings of a request; every token is searched for all of them."""

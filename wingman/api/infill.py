@@ -12,7 +12,7 @@ from wingman.engine.runner import Tokenizer
 from wingman.engine.types import FimTokens, ModelInfo
 from wingman.errors import InvalidRequest, NotSupported
 from wingman.http.messages import Answer, Request
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 _REPO_NAME: Final = "myproject\n"
 _FILE_NAME: Final = "filename\n"

@@ -7,7 +7,7 @@ import orjson
 from wingman.api.generation import read_lora
 from wingman.api.schema import parse_list
 from wingman.http.messages import Request, Response
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 
 def list_adapters(served: ServedModel, _: Request) -> Response:

@@ -8,25 +8,48 @@ from typing import Any
 import orjson
 
 from wingman.api.settings import settings_of
-from wingman.config import RANDOM_SEED
 from wingman.engine.types import Job
 from wingman.errors import NotFound, NotSupported
 from wingman.http.messages import Request, Response
-from wingman.services.residency import ServedModel
+from wingman.options import RANDOM_SEED
+from wingman.services.inference import Inference
+from wingman.services.served import ServedModel
 
 
-def list_models(served: ServedModel, _: Request) -> Response:
-    """The loaded model, in OpenAI's and in Ollama's shape."""
-    body = {"object": "list", "data": [_model_body(served)], "models": [_ollama_body(served)]}
+def list_models(inference: Inference) -> Response:
+    """The models, in OpenAI's and in Ollama's shape: those in memory, then those a request may name."""
+    loaded = inference.loaded
+    waiting = [_waiting_body(name) for name in inference.startable()]
+    body = {
+        "object": "list",
+        "data": [*map(_model_body, loaded), *waiting],
+        "models": [*map(_ollama_body, loaded)],
+    }
     return Response(200, orjson.dumps(body))
 
 
-def get_model(served: ServedModel, request: Request) -> Response:
+def get_model(inference: Inference, request: Request) -> Response:
     """One model by any of its names."""
     name = request.params["id"]
-    if name not in served.aliases:
-        raise NotFound(f"no model is called {name!r}")
-    return Response(200, orjson.dumps(_model_body(served)))
+    for served in inference.loaded:
+        if name in served.aliases:
+            return Response(200, orjson.dumps(_model_body(served)))
+    if name in inference.startable():
+        return Response(200, orjson.dumps(_waiting_body(name)))
+    raise NotFound(f"no model is called {name!r}")
+
+
+def _waiting_body(name: str) -> dict[str, Any]:
+    """A downloaded model that is loaded when a request names it."""
+    return {
+        "id": name,
+        "aliases": [name],
+        "tags": [],
+        "object": "model",
+        "created": 0,
+        "owned_by": "llamacpp",
+        "status": {"value": "unloaded"},
+    }
 
 
 def _model_body(served: ServedModel) -> dict[str, Any]:

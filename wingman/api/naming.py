@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from wingman.api.shapes import Naming, new_completion_id
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 
 def naming_of(served: ServedModel) -> Naming:

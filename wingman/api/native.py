@@ -17,7 +17,7 @@ from wingman.api.streams import encode, event_stream
 from wingman.engine.stream import JobStream
 from wingman.engine.types import Finished, Job, Progress, TextDelta, TokenProb
 from wingman.http.messages import Answer, Response
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 
 @dataclass(frozen=True, slots=True)

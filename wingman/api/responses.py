@@ -24,7 +24,7 @@ from wingman.api.shapes import progress_body
 from wingman.api.turns import Turn, check_turn, count_tokens, prepare_turn
 from wingman.engine.types import Finished, JobEvent, Progress, TextDelta, TokenProb
 from wingman.http.messages import Answer, Request, Response
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 
 async def respond(served: ServedModel, request: Request) -> Answer:

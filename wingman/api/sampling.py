@@ -9,10 +9,11 @@ from typing import Any, Final
 
 from wingman.api.ranges import FLOAT32_MAX, SAMPLING, read_number
 from wingman.api.schema import GenerationFields
-from wingman.config import RANDOM_SEED, SamplingParams, canonical_samplers, samplers_from_letters
+from wingman.config import SamplingParams
 from wingman.engine.runner import Tokenizer
 from wingman.engine.types import ModelInfo
 from wingman.errors import InvalidRequest
+from wingman.options import RANDOM_SEED, canonical_samplers, samplers_from_letters
 
 MAX_BIAS_CHARS: Final = 64 * 1024
 """Length of all texts in logit_bias together."""

@@ -15,7 +15,7 @@ from wingman.engine.types import SlotChanged, SlotJob, SlotMove, SlotView, StopT
 from wingman.errors import EngineFailure, InvalidRequest, NotSupported, Unavailable
 from wingman.http.messages import Request, Response
 from wingman.services import slotfiles
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 from wingman.services.slotfiles import SavedSlot
 
 
@@ -40,6 +40,11 @@ def get_health(served: ServedModel, request: Request) -> Response:
         body["slots"] = slot_bodies(served)
     fails = request.target.first("fail_on_no_slot") is not None and not n_idle
     return Response(503 if fails else 200, orjson.dumps(body))
+
+
+def idle_health() -> Response:
+    """The health of a server that has no model loaded, and loads one when it is asked for."""
+    return Response(200, orjson.dumps({"status": "ok", "slots_idle": 0, "slots_processing": 0}))
 
 
 def _n_idle(served: ServedModel) -> int:

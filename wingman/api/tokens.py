@@ -10,7 +10,7 @@ from wingman.api.schema import DetokenizeRequest, TokenizeRequest, parse_body
 from wingman.engine.runner import Tokenizer
 from wingman.errors import InvalidRequest
 from wingman.http.messages import Request, Response
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 
 async def tokenize(served: ServedModel, request: Request) -> Response:

@@ -25,7 +25,7 @@ from wingman.chat.template import Rendering
 from wingman.chat.tools import ToolChoice, polyfill, read_choice, read_tools
 from wingman.engine.types import Constraint, Finished, Job, StopType, TextDelta, TokenProb
 from wingman.errors import InvalidRequest
-from wingman.services.residency import ServedModel
+from wingman.services.served import ServedModel
 
 _DEFAULT_TOP_LOGPROBS: Final = 20
 _HISTORY_OF_TOOLS: Final = frozenset({"tool", "function"})

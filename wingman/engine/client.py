@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.admission import Admission
-from wingman.engine.runner import Runner, SamplerParts, Tokenizer
+from wingman.engine.runner import OnProgress, Runner, SamplerParts, Tokenizer
 from wingman.engine.scheduler import Scheduler, SchedulerLimits
 from wingman.engine.stream import JobStream, failure
-from wingman.engine.thread import EngineThread, Loaded, Message, Stopped
+from wingman.engine.thread import EngineThread, Loaded, Loading, Message, Stopped
 from wingman.engine.types import (
     Cancel,
     ChangeSlot,
@@ -54,6 +54,7 @@ from wingman.errors import (
 
 log = logging.getLogger("wingman.engine")
 T = TypeVar("T")
+MakeRunner = Callable[[ModelConfig, ContextConfig, OnProgress], Runner]
 
 N_WORKERS = 2
 """Threads that tokenise and render; the calls release the GIL or are short."""
@@ -70,7 +71,7 @@ class Engine:
         self,
         model: ModelConfig,
         context: ContextConfig,
-        make_runner: Callable[[ModelConfig, ContextConfig], Runner] | None = None,
+        make_runner: MakeRunner | None = None,
     ) -> None:
         """Nothing is loaded before `load`; `make_runner` is replaced in tests."""
         self._model = model
@@ -94,6 +95,7 @@ class Engine:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         """Who waits for an Embedded or a SlotChanged, by job id."""
         self._embed_admission = Admission(1, context.max_queue, context.max_queue_tokens)
+        self._on_progress: Callable[[float], None] = lambda _: None
         self.info: ModelInfo
         self.tokenizer: Tokenizer
         self.parts: SamplerParts
@@ -102,12 +104,17 @@ class Engine:
 
     # -- life ---------------------------------------------------------------------------------
 
-    async def load(self) -> None:
-        """Load the model. Raises ModelLoadFailure."""
+    async def load(self, on_progress: Callable[[float], None] = lambda _: None) -> None:
+        """Load the model; `on_progress` is told the share that is loaded. Raises ModelLoadFailure."""
+        self._on_progress = on_progress
         self._thread.start()
         loaded = await self._loaded
         self.info, self.tokenizer, self.parts = loaded.info, loaded.tokenizer, loaded.parts
         self.lora_scales = tuple(lora.scale for lora in loaded.info.loras)
+
+    def abandon_load(self) -> None:
+        """Make a load that is going on fail soon."""
+        self._thread.abandon_load()
 
     async def wait_stopped(self) -> WingmanError | None:
         """Wait until the engine thread has ended; the error it died of, if any."""
@@ -144,8 +151,8 @@ class Engine:
         log.error("the engine thread does not end; a step hangs")
         return False
 
-    def _new_runner(self) -> Runner:
-        return self._make_runner(self._model, self._context)
+    def _new_runner(self, on_progress: OnProgress) -> Runner:
+        return self._make_runner(self._model, self._context, on_progress)
 
     def _new_scheduler(self, runner: Runner) -> Scheduler:
         return Scheduler(_limits(runner, self._context), runner.tokenizer)
@@ -259,7 +266,9 @@ class Engine:
             log.debug("an engine message came after the end of the loop")
 
     def _deliver(self, message: Message) -> None:
-        if isinstance(message, Loaded):
+        if isinstance(message, Loading):
+            self._on_progress(message.progress)
+        elif isinstance(message, Loaded):
             self._loaded.set_result(message)
         elif isinstance(message, Stopped):
             self._on_stopped(message)
@@ -342,10 +351,10 @@ def _mark_seen(work: asyncio.Future[Any]) -> None:
         log.debug("text work failed", exc_info=error)
 
 
-def _make_llama_runner(model: ModelConfig, context: ContextConfig) -> Runner:
+def _make_llama_runner(model: ModelConfig, context: ContextConfig, on_progress: OnProgress) -> Runner:
     from wingman.engine.llama import LlamaRunner
 
-    return LlamaRunner(model, context)
+    return LlamaRunner(model, context, on_progress)
 
 
 def _limits(runner: Runner, context: ContextConfig) -> SchedulerLimits:

@@ -7,12 +7,15 @@ script a Runner, `wingman.engine.llama` is the real one. All on the engine threa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from wingman.config import SamplingParams
 from wingman.engine.types import Constraint, ModelInfo, TokenProb
+
+OnProgress = Callable[[float], bool]
+"""Told the share of a model that is loaded, 0.0 to 1.0; False gives the load up. On the engine thread."""
 
 TO_END = -1
 """An end position that means "everything from the start position on" (llama_memory_seq_rm)."""

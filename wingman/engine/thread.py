@@ -21,6 +21,7 @@ from wingman.engine.embedding import EmbeddingQueue
 from wingman.engine.runner import (
     MAX_EMBED_INPUTS,
     Batch,
+    OnProgress,
     Runner,
     RunnerFailure,
     SamplerParts,
@@ -71,7 +72,14 @@ class Stopped:
     error: WingmanError | None
 
 
-Message = Loaded | Stopped | StepOutput
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How much of the model is loaded, 0.0 to 1.0."""
+
+    progress: float
+
+
+Message = Loading | Loaded | Stopped | StepOutput
 
 
 class EngineThread:
@@ -79,7 +87,7 @@ class EngineThread:
 
     def __init__(
         self,
-        make_runner: Callable[[], Runner],
+        make_runner: Callable[[OnProgress], Runner],
         make_scheduler: Callable[[Runner], Scheduler],
         post: Callable[[Message], None],
         clock: Callable[[], float] = time.monotonic,
@@ -91,6 +99,7 @@ class EngineThread:
         self._inbox: SimpleQueue[Command] = SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="wingman-engine", daemon=True)
         self._snapshot_at = 0.0
+        self._is_abandoned = False
         self.snapshot = Snapshot()
         self.step_started_at: float | None = None
 
@@ -102,6 +111,14 @@ class EngineThread:
         """Put a command into the inbox; never blocks."""
         self._inbox.put(command)
 
+    def abandon_load(self) -> None:
+        """Make a load that is going on fail soon; afterwards it does nothing."""
+        self._is_abandoned = True
+
+    def _note_progress(self, progress: float) -> bool:
+        self._post(Loading(progress))
+        return not self._is_abandoned
+
     def join(self, timeout_s: float) -> bool:
         """Wait for the end of the thread; whether it came. One that never started has ended."""
         if self._thread.ident is None:
@@ -111,7 +128,7 @@ class EngineThread:
 
     def _main(self) -> None:
         try:
-            runner = self._make_runner()
+            runner = self._make_runner(self._note_progress)
         except WingmanError as error:
             self._post(Stopped(error))
             return

@@ -1,221 +1,403 @@
-"""Which model is loaded, as a state table; owner of its Engine.
+"""Owner of the engines: carries out what the roster decides, and lends models to requests.
 
-Runs on the loop. Requests ask `served`, which refuses with the reason while there is nothing to
-serve; readiness asks `readiness`.
+`acquire` gives a request a lease on a model; it waits while the model is loaded, and others are unloaded
+for it. A model with a lease is never unloaded to make room. Every change is told to `on_change`, in
+order. All on the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
 
-import orjson
-
-from wingman.chat.constraint import schema_grammar
-from wingman.chat.grammar import check_grammar
-from wingman.chat.template import CHATML, ChatTemplate, FamilyTemplate, Template
-from wingman.config import Config, ContextConfig, ModelConfig
-from wingman.engine.client import Engine
-from wingman.engine.runner import Runner
-from wingman.engine.types import Constraint, ModelInfo
-from wingman.errors import ConfigurationError, InvalidRequest, ModelLoadFailure, Unavailable
+from wingman.engine.client import MakeRunner
+from wingman.errors import (
+    InsufficientRoom,
+    ModelLoadFailure,
+    Overloaded,
+    Unavailable,
+    WingmanError,
+)
+from wingman.services.deployments import Deployment
+from wingman.services.roster import Action, Keep, Load, Refuse, Roster, State, Unload
+from wingman.services.served import Loader, ServedModel
 
 log = logging.getLogger("wingman.residency")
 
-
-class ModelState(enum.Enum):
-    """Where a model is."""
-
-    LOADING = enum.auto()
-    READY = enum.auto()
-    DRAINING = enum.auto()
-    FAILED = enum.auto()
-    UNLOADED = enum.auto()
-
-
-class ModelMove(enum.Enum):
-    """What can happen to it."""
-
-    LOAD = enum.auto()
-    DRAIN = enum.auto()
-    FAIL = enum.auto()
-    UNLOAD = enum.auto()
-
-
-TRANSITIONS: Final = {
-    (ModelState.LOADING, ModelMove.LOAD): ModelState.READY,
-    (ModelState.LOADING, ModelMove.FAIL): ModelState.FAILED,
-    (ModelState.LOADING, ModelMove.DRAIN): ModelState.DRAINING,
-    (ModelState.READY, ModelMove.DRAIN): ModelState.DRAINING,
-    (ModelState.READY, ModelMove.FAIL): ModelState.FAILED,
-    (ModelState.DRAINING, ModelMove.LOAD): ModelState.DRAINING,
-    (ModelState.DRAINING, ModelMove.DRAIN): ModelState.DRAINING,
-    (ModelState.DRAINING, ModelMove.FAIL): ModelState.FAILED,
-    (ModelState.DRAINING, ModelMove.UNLOAD): ModelState.UNLOADED,
-    (ModelState.FAILED, ModelMove.FAIL): ModelState.FAILED,
-    (ModelState.FAILED, ModelMove.DRAIN): ModelState.FAILED,
-    (ModelState.FAILED, ModelMove.UNLOAD): ModelState.UNLOADED,
-}
-_REASONS: Final = {
-    ModelState.LOADING: "Loading model",
-    ModelState.DRAINING: "the server is shutting down",
-    ModelState.FAILED: "the model failed; see the log",
-    ModelState.UNLOADED: "no model is loaded",
-}
-
-MakeRunner = Callable[[ModelConfig, ContextConfig], Runner]
+_SHUTTING_DOWN = "the server is shutting down"
+_LOADING = "Loading model"
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A loaded model with everything a request needs of it."""
+class Change:
+    """A model has come into a state; `error` says why it left the one before, `progress` how far a load is."""
 
     name: str
-    aliases: tuple[str, ...]
-    engine: Engine
-    template: Template
-    config: Config
-    loaded_at: float
-    constraint: Constraint | None = None
-    """Of requests that bring none."""
+    state: State
+    error: str = ""
+    progress: float | None = None
 
-    @property
-    def info(self) -> ModelInfo:
-        """Facts of the model."""
-        return self.engine.info
+
+class Lease:
+    """A request's hold on a model; `release` may be called more than once."""
+
+    __slots__ = ("_release", "served")
+
+    def __init__(self, served: ServedModel, release: Callable[[], None]) -> None:
+        self.served = served
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """The request is done with the model."""
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+
+@dataclass(slots=True)
+class _Waiter:
+    ready: asyncio.Future[Lease]
+
+
+@dataclass(slots=True)
+class _Home:
+    """What is kept of one name."""
+
+    deployment: Deployment
+    served: ServedModel | None = None
+    loader: Loader | None = None
+    waiters: list[_Waiter] = field(default_factory=list)
+    error: WingmanError | None = None
+    is_failed: bool = False
+    """The engine died by itself."""
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Residency:
-    """The one model of this server."""
+    """All models of this server."""
 
-    def __init__(self, config: Config, make_runner: MakeRunner | None = None) -> None:
-        self._config = config
-        self._state = ModelState.LOADING
-        self._engine = Engine(config.model, config.context, make_runner)
-        self._served: ServedModel | None = None
+    def __init__(
+        self,
+        *,
+        n_max: int = 1,
+        idle_unload_s: float = 0.0,
+        drain_timeout_s: float = 15.0,
+        max_waiting: int = 64,
+        capacity: Callable[[int], int] = lambda _: 2**63,
+        on_change: Callable[[Change], None] = lambda _: None,
+        make_runner: MakeRunner | None = None,
+    ) -> None:
+        """`capacity` tells the bytes that models may take in all, given those they are estimated to take;
+        `max_waiting` requests may wait for one model."""
+        self._roster = Roster(n_max, idle_unload_s)
+        self._drain_timeout_s = drain_timeout_s
+        self._max_waiting = max_waiting
+        self._capacity = capacity
+        self._on_change = on_change
+        self._make_runner = make_runner
+        self._homes: dict[str, _Home] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_draining = False
+        self.is_hung = False
+        """A model could not be freed: something native hangs."""
+
+    # -- looking in -----------------------------------------------------------------------------------
+
+    def state(self, name: str) -> State:
+        """Where a model is."""
+        return self._roster.state(name)
 
     @property
-    def state(self) -> ModelState:
-        """The model's state."""
-        return self._state
+    def loaded(self) -> list[ServedModel]:
+        """Models that answer requests now, those on their way out included."""
+        return [home.served for home in self._homes.values() if home.served is not None]
 
-    def _move(self, what: ModelMove) -> None:
-        self._state = TRANSITIONS[self._state, what]
+    @property
+    def deployed(self) -> list[tuple[Deployment, ServedModel]]:
+        """What is in memory, with what it was loaded for."""
+        return [(home.deployment, home.served) for home in self._homes.values() if home.served is not None]
 
-    async def load(self) -> ServedModel:
-        """Load the model. Raises ModelLoadFailure or, for a broken chat template, ConfigurationError."""
+    def peek(self, name: str) -> ServedModel:
+        """A loaded model, to look at without using it; raises Unavailable with the reason while it is not
+        there."""
+        home = self._homes.get(name)
+        if home is not None and home.served is not None and not home.is_failed:
+            return home.served
+        raise Unavailable(self._why_not(name), retry_after_s=2)
+
+    def _why_not(self, name: str) -> str:
+        home = self._homes.get(name)
+        if self._is_draining:
+            return _SHUTTING_DOWN
+        if self.state(name) in (State.QUEUED, State.LOADING):
+            return _LOADING
+        if home is not None and (home.is_failed or home.error is not None):
+            return "the model failed; see the log"
+        return "the model is not loaded"
+
+    def readiness(self, name: str) -> str | None:
+        """None when requests to a model will be served; else why not."""
+        if self._is_draining:
+            return _SHUTTING_DOWN
         try:
-            await self._engine.load()
-            template = choose_template(self._config.model, self._engine.info)
-            constraint = await asyncio.to_thread(self._default_constraint)
-        except (ModelLoadFailure, ConfigurationError):
-            self._move(ModelMove.FAIL)
-            raise
-        names = self._config.model.alias or (_file_name(self._engine.info.path),)
-        self._served = ServedModel(
-            name=sorted(names)[0],
-            aliases=tuple(sorted(names)),
-            engine=self._engine,
-            template=template,
-            config=self._config,
-            loaded_at=time.time(),
-            constraint=constraint,
-        )
-        self._move(ModelMove.LOAD)
-        return self._served
-
-    def _default_constraint(self) -> Constraint | None:
-        """The constraint of the flags, compiled; raises ConfigurationError when it is broken."""
-        try:
-            constraint = read_default_constraint(self._config.context)
-            self._engine.parts.prepare(self._config.sampling, constraint)
-        except InvalidRequest as error:
-            raise ConfigurationError(f"--grammar or --json-schema: {error.message}") from None
-        return constraint
-
-    def served(self) -> ServedModel:
-        """The loaded model, also while it drains; raises Unavailable while there is none."""
-        if self._served is None or self._state in (ModelState.FAILED, ModelState.UNLOADED):
-            raise Unavailable(_REASONS[self._state], retry_after_s=2)
-        return self._served
-
-    def readiness(self) -> str | None:
-        """None when requests will be served; else why not."""
-        if self._state is not ModelState.READY:
-            return _REASONS[self._state]
-        age_s = self._engine.step_age_s
-        if age_s > self._config.context.step_timeout:
+            served = self.peek(name)
+        except Unavailable as error:
+            return error.message
+        age_s = served.engine.step_age_s
+        if age_s > served.config.context.step_timeout:
             return f"a step has been running for {age_s:.0f} s (--step-timeout)"
         return None
 
-    async def watch(self) -> None:
-        """Wait until the engine has died by itself; returns when it was asked to stop."""
-        error = await self._engine.wait_stopped()
-        if error is not None:
-            self._move(ModelMove.FAIL)
-            log.error("the engine died: %s", error)
+    def is_known(self, name: str) -> bool:
+        """Whether a deployment was ever wanted under this name."""
+        return name in self._homes
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new work; let what runs finish or end it."""
-        self._move(ModelMove.DRAIN)
-        await self._engine.drain(timeout_s)
+    # -- loading and lending --------------------------------------------------------------------------
 
-    async def unload(self) -> bool:
-        """Free the model; False when it hangs and stays."""
-        is_free = await self._engine.close()
-        self._move(ModelMove.UNLOAD)
-        self._served = None
-        return is_free
+    def want(self, deployment: Deployment, *, is_started: bool = True) -> None:
+        """Load a model as soon as there is room. Raises Unavailable while the server stops."""
+        if self._is_draining:
+            raise Unavailable(_SHUTTING_DOWN, retry_after_s=5)
+        name = deployment.name
+        before = self._roster.state(name)
+        home = self._homes.get(name)
+        if home is None:
+            home = self._homes[name] = _Home(deployment)
+        elif before is State.ABSENT:
+            home.deployment, home.error, home.is_failed = deployment, None, False
+        home.gone.clear()
+        self._roster.want(name, deployment.need_bytes, is_forced=deployment.is_forced, is_started=is_started)
+        if before is State.ABSENT:
+            self._tell(name)
+        self._drive()
 
+    async def acquire(self, deployment: Deployment) -> Lease:
+        """A lease on a model, which is loaded if it is not. Raises what made loading it fail, Overloaded, or
+        Unavailable while the server stops."""
+        name = deployment.name
+        home = self._homes.get(name)
+        if home is not None and home.served is not None and self._roster.state(name) is State.READY:
+            return self._lease(name, home.served)
+        if home is not None and len(home.waiters) >= self._max_waiting:
+            raise Overloaded("too many requests wait for this model to load (--max-queue)", 5)
+        self.want(deployment, is_started=False)
+        home = self._homes[name]
+        if home.served is not None and self._roster.state(name) is State.READY:
+            return self._lease(name, home.served)
+        if self._roster.state(name) is State.ABSENT:  # refused at once
+            raise home.error or Unavailable(self._why_not(name))
+        return await self._wait(name, home)
 
-def _file_name(path: str) -> str:
-    return path.replace("\\", "/").rsplit("/", 1)[-1].rsplit("[=]", 1)[-1]
+    async def join(self, name: str) -> Lease:
+        """A lease on a model that is wanted already, once it is there. Raises as `acquire`."""
+        return await self.acquire(self._homes[name].deployment)
 
-
-def read_default_constraint(config: ContextConfig) -> Constraint | None:
-    """The constraint of the flags. Raises InvalidRequest when it is broken."""
-    grammar = config.grammar or config.grammar_file
-    schema = config.json_schema or config.json_schema_file
-    if grammar:
-        check_grammar(grammar)
-        return Constraint(grammar)
-    if not schema:
-        return None
-    try:
-        return Constraint(schema_grammar(orjson.loads(schema)))
-    except orjson.JSONDecodeError:
-        raise InvalidRequest("the schema is not valid JSON") from None
-
-
-def choose_template(config: ModelConfig, info: ModelInfo) -> Template:
-    """The template of the flags, else the model's, else ChatML. Raises ConfigurationError."""
-    if config.chat_template_file is not None:
+    async def _wait(self, name: str, home: _Home) -> Lease:
+        waiter = _Waiter(asyncio.get_running_loop().create_future())
+        home.waiters.append(waiter)
+        self._roster.wait(name)
         try:
-            return _compile(config.chat_template_file.expanduser().read_text("utf-8"), config)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"can't read --chat-template-file: {error}") from error
-    if config.chat_template is not None:
-        return _compile(config.chat_template, config)
-    try:
-        return _compile(info.chat_template or CHATML, config)
-    except ConfigurationError as error:
-        log.warning("%s; using ChatML", error)
-        return ChatTemplate(CHATML)
+            return await waiter.ready
+        except asyncio.CancelledError:
+            if waiter in home.waiters:
+                home.waiters.remove(waiter)
+                self._roster.give_up(name)
+                self._note_absent(name)
+                self._drive()
+            elif not waiter.ready.cancelled() and waiter.ready.exception() is None:
+                waiter.ready.result().release()
+            raise
 
+    def _lease(self, name: str, served: ServedModel) -> Lease:
+        n_load = self._roster.lease(name, time.monotonic())
+        return Lease(served, lambda: self._release(name, n_load))
 
-def _compile(source: str, config: ModelConfig) -> Template:
-    """A template from jinja2 text, or a built-in family by name or, without jinja2, by its text."""
-    from wingman.engine.llama.families import apply_family, family_names  # the library is heavy
+    def _release(self, name: str, n_load: int) -> None:
+        self._roster.release(name, n_load, time.monotonic())
+        self._drive()
 
-    if source in family_names() or not config.jinja:
-        return FamilyTemplate(source, apply_family)
-    if "{" not in source:
-        raise ConfigurationError(
-            f"no chat template is called {source!r}; there are {', '.join(family_names())}"
+    async def stop(self, name: str) -> None:
+        """End what runs on a model, within the drain time-out, and unload it; returns once it is gone."""
+        home = self._homes.get(name)
+        if home is None or self._roster.state(name) is State.ABSENT:
+            return
+        if self._roster.stop(name):
+            self._start(self._unload(name))
+        elif home.loader is not None:
+            home.loader.abandon()
+        self._refuse_waiters(home, Unavailable("the model was stopped", retry_after_s=5))
+        self._note_absent(name)
+        if self._roster.state(name) is not State.ABSENT:
+            self._tell(name)
+        self._drive()
+        await home.gone.wait()
+
+    def forget(self, name: str) -> None:
+        """Drop what is kept of a model that is not loaded."""
+        if self._roster.state(name) is State.ABSENT:
+            self._roster.forget(name)
+            self._homes.pop(name, None)
+
+    # -- carrying out ---------------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        """Ask the roster what to do, and begin it."""
+        held = sum(r.need_bytes for r in self._roster if self._homes[r.name].served is not None)
+        for action in self._roster.decide(time.monotonic(), self._capacity(held)):
+            self._carry_out(action)
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._roster.next_deadline()
+        if deadline is not None and not self._is_draining:
+            delay = max(0.0, deadline - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay + 0.001, self._drive)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Load(name):
+                self._tell(name, progress=0.0)
+                self._start(self._load(name))
+            case Unload(name):
+                log.info("unloading %s", name)
+                self._tell(name)
+                self._start(self._unload(name))
+            case Keep(name):
+                self._wake(self._homes[name], name)
+            case Refuse(name, need, capacity):
+                message = (
+                    f"{name} needs about {need / 1e9:.1f} GB of memory and {capacity / 1e9:.1f} GB can be "
+                    "had; start it with force=true to try nevertheless"
+                )
+                self._fail(name, InsufficientRoom(message), is_wanted=False)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, name: str) -> None:
+        home = self._homes[name]
+        deployment = home.deployment
+        home.loader = Loader(
+            deployment.config,
+            deployment.aliases,
+            lambda progress: self._tell(name, progress=progress),
+            self._make_runner,
+            deployment.n_layers,
         )
-    return ChatTemplate(source)
+        try:
+            served = await home.loader.load()
+        except WingmanError as error:
+            self._fail(name, error, is_wanted=self._roster.failed(name))
+            self._drive()
+            return
+        except Exception:
+            log.exception("loading %s failed", name)
+            self._fail(
+                name,
+                ModelLoadFailure("the model could not be loaded; see the log"),
+                is_wanted=self._roster.failed(name),
+            )
+            self._drive()
+            return
+        finally:
+            home.loader = None
+        home.served = served
+        if self._roster.loaded(name, time.monotonic()):
+            self._start(self._watch(name, served))
+            self._tell(name)
+            self._wake(home, name)
+        else:
+            await self._unload(name)
+        self._drive()
+
+    def _wake(self, home: _Home, name: str) -> None:
+        """Give everybody who waits the lease that the roster has counted for them."""
+        assert home.served is not None
+        resident = self._roster.get(name)
+        assert resident is not None
+        n_load = resident.n_loads
+        waiters, home.waiters = home.waiters, []
+        for waiter in waiters:
+            lease = Lease(home.served, lambda: self._release(name, n_load))
+            if waiter.ready.done():  # its request left meanwhile
+                lease.release()
+            else:
+                waiter.ready.set_result(lease)
+
+    def _fail(self, name: str, error: WingmanError, *, is_wanted: bool) -> None:
+        home = self._homes[name]
+        if is_wanted:  # the load was given up, and then somebody came who wants it
+            self._tell(name)
+            return
+        home.error = error
+        log.error("%s: %s", name, error)
+        self._refuse_waiters(home, error)
+        self._note_absent(name, error.message)
+
+    def _refuse_waiters(self, home: _Home, error: WingmanError) -> None:
+        waiters, home.waiters = home.waiters, []
+        for waiter in waiters:
+            if not waiter.ready.done():
+                waiter.ready.set_exception(error)
+
+    async def _watch(self, name: str, served: ServedModel) -> None:
+        """Unload a model whose engine dies by itself."""
+        error = await served.engine.wait_stopped()
+        home = self._homes.get(name)
+        if error is None or home is None or home.served is not served:
+            return
+        log.error("the engine of %s died: %s", name, error)
+        home.is_failed, home.error = True, error
+        if self._roster.stop(name):
+            self._refuse_waiters(home, error)
+            await self._unload(name)
+            self._drive()
+
+    async def _unload(self, name: str) -> None:
+        """Free a model that is UNLOADING."""
+        home = self._homes[name]
+        served = home.served
+        assert served is not None
+        if not home.is_failed:
+            await served.engine.drain(self._drain_timeout_s)
+        if not await served.engine.close():
+            self.is_hung = True
+        home.served = None
+        if self._roster.unloaded(name):
+            self._tell(name)
+        else:
+            self._note_absent(name, home.error.message if home.is_failed and home.error else "")
+        self._drive()
+
+    def _note_absent(self, name: str, error: str = "") -> None:
+        home = self._homes[name]
+        if self._roster.state(name) is State.ABSENT and not home.gone.is_set():
+            home.gone.set()
+            self._tell(name, error)
+
+    def _tell(self, name: str, error: str = "", progress: float | None = None) -> None:
+        self._on_change(Change(name, self._roster.state(name), error, progress))
+
+    # -- the end --------------------------------------------------------------------------------------
+
+    async def close(self) -> bool:
+        """Take no new request, let what runs finish within the drain time-out, unload everything; False when
+        a model hangs and could not be freed."""
+        self._is_draining = True
+        names = [resident.name for resident in self._roster]
+        await asyncio.gather(*(self.stop(name) for name in names))
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._timer is not None:
+            self._timer.cancel()
+        return not self.is_hung

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from wingman.config import KvOverride, ModelConfig
+from wingman.config import ModelConfig
 from wingman.engine.llama import binding
 from wingman.engine.llama.binding import lib
+from wingman.engine.runner import OnProgress
 from wingman.engine.types import FimTokens, LoraInfo
 from wingman.errors import ModelLoadFailure
+from wingman.options import KvOverride
 
 _SPLIT_NAME: Final = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _SPLIT_MODES: Final = {"none": 0, "layer": 1, "row": 2}
@@ -44,11 +46,29 @@ def first_split(path: Path) -> Path:
     return path.with_name(path.name[: match.start()] + f"-00001-of-{match.group(1)}.gguf")
 
 
+class _Watch:
+    """Tells how far a load is. C holds a pointer to `callback` while it loads, so its owner keeps this."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.gave_up = False
+        self._on_progress = on_progress
+        self._percent = -1
+        self.callback = lib.llama_progress_callback(self._note)
+
+    def _note(self, fraction: float, _: object) -> bool:
+        percent = int(fraction * 100)
+        if percent != self._percent and self._on_progress is not None:
+            self._percent = percent
+            self.gave_up = self.gave_up or not self._on_progress(min(1.0, fraction))
+        return not self.gave_up
+
+
 class LlamaModel:
     """A loaded model."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Load the weights. Raises ModelLoadFailure with what the library said."""
+    def __init__(self, config: ModelConfig, on_progress: OnProgress | None = None) -> None:
+        """Load the weights. Raises ModelLoadFailure with what the library said, or when `on_progress` said
+        to give up."""
         assert config.model is not None
         binding.initialize()
         self.path = first_split(config.model.expanduser())
@@ -62,8 +82,15 @@ class LlamaModel:
         overrides = _overrides(config.override_kv)  # read during the load only
         if config.override_kv:
             params.kv_overrides = overrides
+        watch = _Watch(on_progress)
+        if on_progress is not None:
+            params.progress_callback = watch.callback
         binding.take_errors()
         handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
+        if watch.gave_up:
+            if handle:
+                lib.llama_model_free(handle)
+            raise ModelLoadFailure("the load was cancelled")
         if not handle:
             reason = binding.take_errors() or "the library gave no reason"
             raise ModelLoadFailure(f"can't load {self.path}: {reason}")

@@ -12,7 +12,7 @@ from wingman.engine.llama.embedder import Embedder, describe_embedding
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.parts import LlamaParts
 from wingman.engine.llama.sampler import Candidates, Draw, Sampler
-from wingman.engine.runner import Batch, RunnerFailure, SamplerStart, Samples, Tokenizer
+from wingman.engine.runner import Batch, OnProgress, RunnerFailure, SamplerStart, Samples, Tokenizer
 from wingman.engine.types import ModelInfo
 
 
@@ -20,20 +20,26 @@ class LlamaRunner:
     """A loaded model, its contexts and a sampler per slot. A model that only embeds has no context for
     generation."""
 
-    def __init__(self, model: ModelConfig, context: ContextConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, context: ContextConfig, on_progress: OnProgress | None = None
+    ) -> None:
         """Load the model. Raises ModelLoadFailure."""
         self._context_config = context
-        self._model = LlamaModel(model)
+        self._model = LlamaModel(model, on_progress)
         self._context: LlamaContext | None = None
         self._embedder: Embedder | None = None
+        self._samplers: dict[int, Sampler] = {}
         try:
-            if self._model.can_generate:
-                self._context = LlamaContext(self._model, context)
-                self._context.warm_up(self._model)
+            self._open(context)
         except BaseException:
+            self._close_contexts()
             self._model.close()
             raise
-        self._samplers: dict[int, Sampler] = {}
+
+    def _open(self, context: ContextConfig) -> None:
+        if self._model.can_generate:
+            self._context = LlamaContext(self._model, context)
+            self._context.warm_up(self._model)
         self.tokenizer: Tokenizer = self._model.tokenizer
         self.info = self._describe()
         self._candidates = Candidates(self.info.n_vocab)
@@ -130,10 +136,13 @@ class LlamaRunner:
         """Free samplers, contexts and weights, in this order."""
         self._close_samplers()
         self.parts.close()
+        self._close_contexts()
+        self._model.close()
+
+    def _close_contexts(self) -> None:
         for context in (self._context, self._embedder):
             if context is not None:
                 context.close()
-        self._model.close()
 
     def _close_samplers(self) -> None:
         for sampler in self._samplers.values():

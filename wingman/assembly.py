@@ -1,0 +1,152 @@
+"""Builds the services behind the control API out of a Config. Called by `wingman.lifecycle` on the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import orjson
+
+from wingman import __version__
+from wingman.api.control import ControlPlane
+from wingman.api.events import EventLimits, EventsEndpoint
+from wingman.config import Config, ControlConfig
+from wingman.errors import ConfigurationError
+from wingman.services.broadcast import BACKLOG, Bounds, Broadcast
+from wingman.services.catalog import Catalog, Room
+from wingman.services.deployments import estimate_need
+from wingman.services.downloads import Downloads, Limits
+from wingman.services.hardware import Hardware
+from wingman.services.home import Home, Lock
+from wingman.services.hub import Hub
+from wingman.services.inference import Inference
+from wingman.services.monitor import Monitor
+from wingman.services.remote import Remote
+from wingman.services.store import Store
+
+HUB: Final = "https://huggingface.co"
+_MB: Final = 1_000_000
+_USABLE: Final = 0.95
+"""Share of the machine's memory that models may take."""
+
+
+@dataclass(slots=True)
+class Services:
+    """Everything that has a home folder."""
+
+    home: Home
+    lock: Lock
+    store: Store
+    hardware: Hardware
+    broadcast: Broadcast
+    downloads: Downloads
+    catalog: Catalog
+    monitor: Monitor
+
+    async def close(self) -> None:
+        """Pause downloads, write what is to be written, give the home back."""
+        await self.downloads.close()
+        await self.store.close()
+        self.lock.release()
+
+
+def plane_of(
+    services: Services, inference: Inference, config: ControlConfig, shutdown: Callable[[], None]
+) -> ControlPlane:
+    """What the control API works on."""
+    return ControlPlane(
+        inference=inference,
+        downloads=services.downloads,
+        catalog=services.catalog,
+        hardware=services.hardware,
+        sockets=EventsEndpoint(
+            services.broadcast, services.monitor, shutdown, EventLimits(config.max_monitors)
+        ),
+        shutdown=shutdown,
+    )
+
+
+async def open_home(home: Home) -> tuple[Lock, Store]:
+    """Take a home folder and open its database. Raises ConfigurationError when another process has it."""
+    home.create()
+    lock = Lock(home)
+    if not lock.acquire():
+        raise ConfigurationError(
+            f"another Wingman uses {home.root}: talk to that one, or give this one a --home of its own"
+        )
+    for file in (home.exit_file, home.kill_file):
+        file.unlink(missing_ok=True)
+    try:
+        return lock, await Store.open(home.database)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def make_services(
+    whole: Config, home: Home, lock: Lock, store: Store, inference: Callable[[], Inference]
+) -> Services:
+    """The services; `inference` is there once they are used."""
+    config = whole.control
+    hardware = Hardware(home.models)
+    broadcast = Broadcast(backlog=Bounds(config.max_backlog, BACKLOG.n_bytes), seq=int(time.time() * 1000))
+    endpoint = config.hf_endpoint or HUB
+    downloads = Downloads(
+        home,
+        store,
+        Remote(endpoint, config.hf_token, stall_s=config.download_stall),
+        lambda item: monitor.on_download(item),  # noqa: PLW0108 - it is made below
+        limits=Limits(config.parallel_downloads, config.max_downloads, config.max_download_rate),
+        in_use=lambda repo, path: inference().in_use(repo, path),
+    )
+    monitor = Monitor(
+        broadcast,
+        models=lambda: inference().monitored(),
+        items=lambda: inference().items(),
+        downloads=downloads.items,
+        hardware=lambda: hardware.current,
+        shows_content=config.monitor_content,
+    )
+    hub = Hub(endpoint, config.hf_token, home.cache, config.catalog_ttl, limit=config.catalog_limit)
+    catalog = Catalog(
+        home,
+        hub,
+        downloads=downloads.items,
+        room=lambda: _room(hardware),
+        need_bytes=lambda header: estimate_need(header, whole),
+    )
+    return Services(home, lock, store, hardware, broadcast, downloads, catalog, monitor)
+
+
+def _room(hardware: Hardware) -> Room:
+    total, free = hardware.memory_bytes()
+    return Room(total // _MB, free // _MB)
+
+
+def capacity_of(config: ControlConfig, hardware: Hardware) -> Callable[[int], int]:
+    """Bytes that models may take in all, those they take already included."""
+
+    def capacity(held: int) -> int:
+        if config.models_memory:
+            return config.models_memory * _MB
+        total, free = hardware.memory_bytes()
+        return min(int(total * _USABLE), free + held)
+
+    return capacity
+
+
+def write_runtime_file(home: Home, inference: str, control: str, pid: int) -> None:
+    """Tell commands where this server is. Blocks."""
+    body = {"pid": pid, "inference": inference, "control": control, "version": __version__}
+    partial = home.runtime_file.with_suffix(".partial")
+    partial.write_bytes(orjson.dumps(body))
+    partial.replace(home.runtime_file)
+
+
+def remove_runtime_file(home: Home) -> None:
+    """Nothing listens any more. Blocks; never raises."""
+    with contextlib.suppress(OSError):
+        home.runtime_file.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""From the name of a model to how it is to be loaded: its files, configuration and need of memory.
+
+Runs on the loop; files are read elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wingman.config import Config
+from wingman.errors import InvalidRequest, ModelLoadFailure, NotFound
+from wingman.services.gguf import BadGguf, GgufHeader, read_parts
+from wingman.services.home import LOCAL, Home, split_parts
+from wingman.services.items import DownloadItem
+from wingman.services.memory import estimate_bytes
+from wingman.services.served import file_name
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A model that may be loaded under a name, and how."""
+
+    name: str
+    config: Config
+    aliases: tuple[str, ...] = ()
+    """What it is called in answers; () for its file name."""
+    need_bytes: int = 0
+    is_forced: bool = False
+    n_layers: int = 0
+    """Layers that could go to a GPU; 0 where there is none."""
+    tensor_types: Mapping[str, int] = field(default_factory=dict)
+    """How many tensors there are of each type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a model is to be started as."""
+
+    alias: str
+    model_repo: str
+    file_path: str
+    address: str = ""
+    port: int = 0
+    context_size: int = 0
+    gpu_layers: int = -1
+    chat_template: str = ""
+    force: bool = False
+
+
+class Deployer:
+    """Makes Deployments."""
+
+    def __init__(
+        self,
+        config: Config,
+        home: Home,
+        downloads: Callable[[], Iterable[DownloadItem]],
+        *,
+        has_gpu: Callable[[], bool] = lambda: False,
+        refresh: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        """`refresh` looks again at how much memory there is, before a model is started."""
+        self._config = config
+        self._home = home
+        self._downloads = downloads
+        self._has_gpu = has_gpu
+        self._refresh = refresh
+
+    async def deploy_file(self) -> Deployment:
+        """The model of `--model`, loaded whatever memory there is. Raises ModelLoadFailure."""
+        config = self._config
+        assert config.model.model is not None
+        header = await asyncio.to_thread(_read_model, config.model.model.expanduser())
+        name = sorted(config.model.alias)[0] if config.model.alias else file_name(str(config.model.model))
+        return Deployment(
+            name=name,
+            config=config,
+            aliases=config.model.alias,
+            need_bytes=estimate_need(header, config),
+            is_forced=True,
+            n_layers=header.n_layer + 1 if self._has_gpu() else 0,
+            tensor_types=header.tensor_types,
+        )
+
+    async def deploy(self, request: Start) -> Deployment:
+        """A downloaded model as it is to be loaded. Raises NotFound or InvalidRequest."""
+        paths = self._files(request.model_repo, request.file_path)
+        try:
+            header = await asyncio.to_thread(read_parts, paths)
+        except BadGguf as error:
+            raise InvalidRequest(f"{request.file_path} is not a usable model: {error.message}") from None
+        except OSError:
+            raise NotFound(f"the file of {request.file_path} is gone") from None
+        config = self._config_of(request, paths[0])
+        if self._refresh is not None:
+            await self._refresh()
+        need = estimate_need(header, config)
+        n_layers = header.n_layer + 1 if self._has_gpu() else 0
+        return Deployment(
+            name=request.alias,
+            config=config,
+            aliases=(request.alias,),
+            need_bytes=need,
+            is_forced=request.force,
+            n_layers=n_layers,
+            tensor_types=header.tensor_types,
+        )
+
+    def _files(self, repo: str, file_path: str) -> list[Path]:
+        """The files of a model that is complete; raises NotFound."""
+        paths = [self._home.model_file(repo, part) for part in split_parts(file_path)]
+        is_here = repo == LOCAL or any(
+            item.key == (repo, file_path) and item.status == "complete" for item in self._downloads()
+        )
+        if not is_here:
+            raise NotFound(f"{repo}/{file_path} is not downloaded completely")
+        return paths
+
+    def _config_of(self, request: Start, path: Path) -> Config:
+        base = self._config
+        model = dataclasses.replace(
+            base.model,
+            model=path,
+            alias=(request.alias,),
+            n_gpu_layers=request.gpu_layers,
+            chat_template=request.chat_template or base.model.chat_template,
+        )
+        context = base.context
+        if request.context_size:  # it is what one conversation gets
+            context = dataclasses.replace(context, ctx_size=request.context_size * context.parallel)
+        return dataclasses.replace(base, model=model, context=context)
+
+
+def _read_model(path: Path) -> GgufHeader:
+    """The header of a model, given any part of it. Blocks; raises ModelLoadFailure."""
+    paths = [path.with_name(part) for part in split_parts(path.name)]
+    missing = next((part for part in paths if not part.is_file()), None)
+    if missing is not None:
+        raise ModelLoadFailure(f"{missing} is not a file")
+    try:
+        return read_parts(paths)
+    except BadGguf as error:
+        raise ModelLoadFailure(f"can't load {path}: {error.message}") from None
+    except OSError as error:
+        raise ModelLoadFailure(f"can't read {path}: {error.strerror}") from None
+
+
+def estimate_need(header: GgufHeader, config: Config) -> int:
+    """Bytes of memory that a model takes with this configuration."""
+    return estimate_bytes(
+        header,
+        n_ctx=config.context.ctx_size or header.context_length,
+        n_parallel=config.context.parallel,
+        type_k=config.context.cache_type_k,
+        type_v=config.context.cache_type_v,
+    )

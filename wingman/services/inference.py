@@ -1,0 +1,465 @@
+"""Models under aliases: starting, stopping, finding the one that a request names.
+
+Owner of the WingmanItems. Residency tells what becomes of each model; every change of status is stored
+first and announced then, in order, by one task. Runs on the loop; files are read elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import msgspec
+import orjson
+
+from wingman.config import Config
+from wingman.errors import (
+    ConfigurationError,
+    Conflict,
+    EngineFailure,
+    InsufficientRoom,
+    InvalidRequest,
+    NotFound,
+    WingmanError,
+)
+from wingman.services.deployments import Deployer, Deployment, Start
+from wingman.services.items import ACTIVE_INFERENCE, DownloadItem, WingmanItem, WingmanStatus
+from wingman.services.itemstore import ItemStore
+from wingman.services.modelnames import find_download, model_name
+from wingman.services.quantization import quantization
+from wingman.services.readings import MonitoredModel, Placement
+from wingman.services.residency import Change, Lease, Residency
+from wingman.services.roster import State
+from wingman.services.served import ServedModel
+
+log = logging.getLogger("wingman.inference")
+
+STOP_GRACE_S: Final = 30.0
+"""How long a stop may take beyond the drain time-out."""
+MAX_ALIAS_CHARS: Final = 128
+_STATUSES: Final[dict[State, WingmanStatus]] = {
+    State.QUEUED: "queued",
+    State.LOADING: "preparing",
+    State.ABANDONED: "cancelling",
+    State.READY: "inferring",
+    State.DRAINING: "inferring",
+    State.UNLOADING: "cancelling",
+    State.ABSENT: "complete",
+}
+_RUNNING: Final = ("inference", "running")
+_AFTER_CRASH: Final = {
+    "queued": "failed to load",
+    "preparing": "failed to load",
+    "inferring": "stopped unexpectedly",
+    "cancelling": "stopped unexpectedly",
+}
+"""Statuses that no stopped server can have, and what is said of them."""
+
+
+class Listener(Protocol):
+    """An inference listener of one item's own."""
+
+    async def aclose(self, grace_s: float) -> None:
+        """Stop listening."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """An item to be stored and announced; `progress` of a load is announced only."""
+
+    item: WingmanItem
+    progress: float | None = None
+    done: asyncio.Future[None] | None = None
+
+
+class Inference:
+    """All models that run, ran, or may be asked for."""
+
+    def __init__(
+        self,
+        config: Config,
+        deployer: Deployer,
+        store: ItemStore,
+        residency: Residency,
+        *,
+        downloads: Callable[[], Iterable[DownloadItem]],
+        capacity: Callable[[int], int],
+        announce: Callable[[WingmanItem, float | None], None],
+        listen: Callable[[str, str, int], Awaitable[Listener]] | None = None,
+    ) -> None:
+        """`announce` is told each item after the store has it; `listen` opens a listener for an alias at an
+        address and port."""
+        self._config = config
+        self._deployer = deployer
+        self._store = store
+        self._residency = residency
+        self._downloads = downloads
+        self._capacity = capacity
+        self._announce = announce
+        self._listen = listen
+        self._items: dict[str, WingmanItem] = {}
+        """As stored and announced."""
+        self._intended: dict[str, WingmanItem] = {}
+        """With the changes that are on their way to the store."""
+        self._deployments: dict[str, Deployment] = {}
+        self._volatile: set[str] = set()
+        self._listeners: dict[str, Listener] = {}
+        self._was_active: list[WingmanItem] = []
+        self._notes: asyncio.Queue[Note] = asyncio.Queue()
+        self._writer: asyncio.Task[None] | None = None
+        self.default: str | None = None
+        """The alias of `--model`; whoever names no model, or one that is unknown, gets it."""
+        self._address: tuple[str, int] = ("", 0)
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def start_up(self) -> None:
+        """Read what is stored and tell the truth about what a crash left."""
+        self._writer = asyncio.get_running_loop().create_task(self._write())
+        for item in await self._store.items():
+            self._items[item.alias] = self._intended[item.alias] = item
+        for item in tuple(self._items.values()):
+            if item.status in _AFTER_CRASH:
+                self._was_active.append(item)
+                await self._record(_with(item, "error", _AFTER_CRASH[item.status]))
+
+    async def restore(self) -> None:
+        """Start again what was running when the server ended, be it gracefully or not."""
+        known = {item.alias for item in self._was_active}
+        ended = set(orjson.loads(await self._store.setting(*_RUNNING) or "[]"))
+        self._was_active += [self._items[alias] for alias in ended - known if alias in self._items]
+        while self._was_active:
+            item = self._was_active.pop(0)
+            try:
+                await self.start(_start_of(item))
+            except WingmanError as error:
+                log.error("can't start %s again: %s", item.alias, error.message)
+
+    async def remember(self) -> None:
+        """Keep what is running, for `restore`: the server is about to stop."""
+        active = [item.alias for item in self._items.values() if _is_active(item)]
+        stored = sorted(set(active) - self._volatile)
+        await self._store.put_setting(*_RUNNING, orjson.dumps(stored).decode())
+
+    def note_address(self, host: str, port: int) -> None:
+        """Take the address of the shared listener; items without one of their own show it."""
+        self._address = (host, port)
+        for alias in self._volatile:
+            item = msgspec.structs.replace(self._intended[alias], address=host, port=port)
+            self._items[alias] = self._intended[alias] = item
+
+    async def close(self) -> None:
+        """Store what is still to be stored; Residency is closed before."""
+        for alias in tuple(self._listeners):
+            await self._close_listener(alias)
+        if self._writer is not None:
+            await self._flush()
+            self._writer.cancel()
+            await asyncio.wait((self._writer,))
+
+    # -- items ----------------------------------------------------------------------------------------
+
+    def items(self) -> list[WingmanItem]:
+        """All items as they are stored, oldest first."""
+        return sorted(self._items.values(), key=lambda item: (item.created, item.alias))
+
+    def item(self, alias: str) -> WingmanItem:
+        """One item; raises NotFound."""
+        found = self._items.get(alias)
+        if found is None:
+            raise NotFound(f"no model was started as {alias!r}")
+        return found
+
+    def in_use(self, repo: str, file_path: str) -> bool:
+        """Whether an active item needs this file."""
+        return any(
+            item.status in ACTIVE_INFERENCE and (item.model_repo, item.file_path) == (repo, file_path)
+            for item in self._items.values()
+        )
+
+    async def start(self, request: Start) -> tuple[WingmanItem, bool]:
+        """Queue a model for loading; the item, and False when that alias is active already.
+
+        Raises NotFound for a model that is not here, InvalidRequest for one that is no model, Conflict when
+        its port is taken, InsufficientRoom when it can't fit, Unavailable while the server stops.
+        """
+        _check_alias(request.alias)
+        known = self._items.get(request.alias)
+        if known is not None and known.status in ACTIVE_INFERENCE:
+            return known, False
+        deployment = await self._deployer.deploy(request)
+        capacity = self._capacity(0)
+        if deployment.need_bytes > capacity and not request.force:
+            raise InsufficientRoom(
+                f"{request.alias} needs about {deployment.need_bytes / 1e6:.0f} MB of memory, "
+                f"{capacity / 1e6:.0f} MB can be had; force=true tries nevertheless"
+            )
+        await self._open_listener(request)
+        self._deployments[request.alias] = deployment
+        await self._record(self._new_item(request))
+        self._residency.want(deployment)
+        return self._items[request.alias], True
+
+    async def serve_file(self) -> Deployment:
+        """The model of `--model`: not stored, loaded whatever memory there is, and the default one. Raises
+        ModelLoadFailure when it is no model."""
+        deployment = await self._deployer.deploy_file()
+        self.serve(deployment)
+        return deployment
+
+    def serve(self, deployment: Deployment) -> None:
+        """Make a model the default one; it is loaded when it is wanted."""
+        name = deployment.name
+        self.default = name
+        self._volatile.add(name)
+        self._deployments[name] = deployment
+        start = Start(name, "", str(deployment.config.model.model), force=True)
+        self._items[name] = self._intended[name] = self._new_item(start)
+
+    async def stop(self, alias: str) -> WingmanItem:
+        """Stop a model and return its item once it is gone; one that does not run stays as it is. Raises
+        NotFound, or EngineFailure when it does not end in time."""
+        self.item(alias)
+        try:
+            async with asyncio.timeout(self._config.server.drain_timeout + STOP_GRACE_S):
+                await self._residency.stop(alias)
+                await self._close_listener(alias)
+        except TimeoutError:
+            raise EngineFailure(f"{alias} does not stop; see the log") from None
+        await self._flush()
+        return self._items[alias]
+
+    async def reset(self, alias: str) -> WingmanItem:
+        """Stop a model and forget it; its last item. Raises as `stop`, and Conflict for that of `--model`."""
+        if alias in self._volatile:
+            raise Conflict(f"{alias} is the model of --model; it can be stopped only")
+        item = await self.stop(alias)
+        self._residency.forget(alias)
+        self._deployments.pop(alias, None)
+        await self._store.delete_item(alias)
+        del self._items[alias], self._intended[alias]
+        self._announce(item, None)
+        return item
+
+    def _new_item(self, request: Start) -> WingmanItem:
+        now = int(time.time())
+        known = self._items.get(request.alias)
+        address, port = self._address
+        return WingmanItem(
+            alias=request.alias,
+            status="queued",
+            model_repo=request.model_repo,
+            file_path=request.file_path,
+            address=request.address or address,
+            port=request.port or port,
+            context_size=request.context_size,
+            gpu_layers=request.gpu_layers,
+            chat_template=request.chat_template,
+            force=request.force,
+            created=known.created if known else now,
+            updated=now,
+        )
+
+    # -- requests -------------------------------------------------------------------------------------
+
+    async def lease(self, name: str | None, default: str | None = None) -> Lease:
+        """A lease on the model that a request names; a downloaded one is loaded for it. `default` is the
+        alias of the listener it came by. Raises NotFound naming what there is, and what loading raises."""
+        alias = self._choose(name, default)
+        if alias is None:
+            assert name is not None
+            alias = await self._start_on_demand(name)
+        deployment = self._deployments.get(alias)
+        if deployment is None:
+            await self._redeploy(alias)
+            deployment = self._deployments[alias]
+        if alias in self._volatile:
+            self._residency.peek(alias)  # the model of --model is not waited for: "Loading model"
+        return await self._residency.acquire(deployment)
+
+    def peek(self, name: str | None, default: str | None = None) -> ServedModel:
+        """The loaded model that a request names, to look at only. Raises NotFound or Unavailable."""
+        alias = self._choose(name, default)
+        if alias is None:
+            raise self._unknown(name or "")
+        return self._residency.peek(alias)
+
+    @property
+    def loaded(self) -> list[ServedModel]:
+        """Models in memory."""
+        return self._residency.loaded
+
+    def monitored(self) -> list[MonitoredModel]:
+        """Models in memory as the monitor looks at them."""
+        return [
+            MonitoredModel(
+                alias=served.name,
+                engine=served.engine,
+                loaded_at=served.loaded_at,
+                load_s=served.load_s,
+                tensor_types=deployment.tensor_types,
+                quantization=quantization(served.info.path),
+                placement=Placement(
+                    n_gpu_layers=served.n_gpu_layers if deployment.n_layers else 0,
+                    required_mb=round(deployment.need_bytes / 1e6),
+                ),
+            )
+            for deployment, served in self._residency.deployed
+        ]
+
+    def startable(self) -> list[str]:
+        """Names of downloaded models that are loaded when a request names them."""
+        if not self._config.control.models_autoload:
+            return []
+        active = {(item.model_repo, item.file_path) for item in self._items.values() if _is_active(item)}
+        here = [item for item in self._downloads() if item.status == "complete"]
+        return [model_name(item, here) for item in here if item.key not in active]
+
+    def check_loading(self) -> None:
+        """Raise Unavailable while the model of `--model` is not there, or the server stops."""
+        if self.default is not None:
+            self._residency.peek(self.default)
+
+    def readiness(self) -> str | None:
+        """None when a request sent now would be served; else why not."""
+        if self.default is not None:
+            return self._residency.readiness(self.default)
+        names = [item.alias for item in self._items.values() if item.status == "inferring"]
+        return next((reason for name in names if (reason := self._residency.readiness(name))), None)
+
+    def _choose(self, name: str | None, default: str | None) -> str | None:
+        """The alias of a request, or None for a name that is not an alias; raises NotFound when no model is
+        named and there is none to take."""
+        if name and name in self._items:
+            return name
+        fallback = default or self.default
+        if fallback is not None:
+            return fallback
+        if name:
+            return None
+        active = [item for item in self._items.values() if item.status in ACTIVE_INFERENCE]
+        if not active:
+            raise NotFound("no model is loaded, and the request names none")
+        return max(active, key=lambda item: item.updated).alias
+
+    async def _start_on_demand(self, name: str) -> str:
+        """Make an item of a downloaded model that a request names."""
+        found = find_download(name, self._downloads()) if self._config.control.models_autoload else None
+        if found is None:
+            raise self._unknown(name)
+        alias = model_name(found, self._downloads())
+        if alias not in self._deployments:
+            request = Start(alias, found.model_repo, found.file_path)
+            self._deployments[alias] = await self._deployer.deploy(request)
+            if alias not in self._items:
+                await self._record(_with(self._new_item(request), "complete"))
+        return alias
+
+    async def _redeploy(self, alias: str) -> None:
+        """Make ready to start again what ran under an alias before."""
+        item = self.item(alias)
+        if not self._config.control.models_autoload:
+            raise self._unknown(alias)
+        self._deployments[alias] = await self._deployer.deploy(_start_of(item))
+
+    def _unknown(self, name: str) -> NotFound:
+        loaded = [item.alias for item in self.items() if item.status == "inferring"]
+        there = f"loaded: {', '.join(loaded)}" if loaded else "none is loaded"
+        return NotFound(f"no model is called {name!r}; {there}")
+
+    # -- changes --------------------------------------------------------------------------------------
+
+    def on_change(self, change: Change) -> None:
+        """Take what Residency tells."""
+        item = self._intended.get(change.name)
+        if item is None:
+            return
+        status = "error" if change.error else _STATUSES[change.state]
+        if change.progress is None and (item.status, item.error) == (status, change.error):
+            return
+        if change.state is State.LOADING and item.status == "preparing":
+            self._put(Note(item, change.progress))
+            return
+        self._put(Note(_with(item, status, change.error), change.progress))
+
+    def _put(self, note: Note) -> None:
+        self._intended[note.item.alias] = note.item
+        self._notes.put_nowait(note)
+
+    async def _record(self, item: WingmanItem) -> None:
+        """Store and announce an item; returns when that is done."""
+        done = asyncio.get_running_loop().create_future()
+        self._put(Note(item, None, done))
+        await done
+
+    async def _flush(self) -> None:
+        await self._notes.join()
+
+    async def _write(self) -> None:
+        while True:
+            note = await self._notes.get()
+            try:
+                await self._write_one(note)
+            except Exception:
+                log.exception("the state of %s could not be stored", note.item.alias)
+            finally:
+                self._notes.task_done()
+                if note.done is not None and not note.done.done():
+                    note.done.set_result(None)
+
+    async def _write_one(self, note: Note) -> None:
+        alias = note.item.alias
+        before = self._items.get(alias)
+        if before != note.item:
+            if alias not in self._volatile:
+                await self._store.put_item(note.item)
+            self._items[alias] = note.item
+        self._announce(note.item, note.progress)
+
+    # -- listeners ------------------------------------------------------------------------------------
+
+    async def _open_listener(self, request: Start) -> None:
+        is_shared = request.port in (0, self._address[1])
+        if is_shared or self._listen is None:
+            return
+        await self._close_listener(request.alias)
+        address = request.address or self._address[0] or "127.0.0.1"
+        try:
+            self._listeners[request.alias] = await self._listen(request.alias, address, request.port)
+        except ConfigurationError as error:
+            raise Conflict(error.message) from None
+
+    async def _close_listener(self, alias: str) -> None:
+        listener = self._listeners.pop(alias, None)
+        if listener is not None:
+            await listener.aclose(1.0)
+
+
+def _is_active(item: WingmanItem) -> bool:
+    return item.status in ACTIVE_INFERENCE
+
+
+def _with(item: WingmanItem, status: WingmanStatus, error: str = "") -> WingmanItem:
+    return msgspec.structs.replace(item, status=status, error=error, updated=int(time.time()))
+
+
+def _start_of(item: WingmanItem) -> Start:
+    """Starts an item again as it was; the shared listener's port is not its own."""
+    return Start(
+        item.alias,
+        item.model_repo,
+        item.file_path,
+        context_size=item.context_size,
+        gpu_layers=item.gpu_layers,
+        chat_template=item.chat_template,
+        force=item.force,
+    )
+
+
+def _check_alias(alias: str) -> None:
+    if not 0 < len(alias) <= MAX_ALIAS_CHARS or not alias.isprintable() or alias != alias.strip():
+        raise InvalidRequest(f"alias must have 1 to {MAX_ALIAS_CHARS} printable characters", "alias")
