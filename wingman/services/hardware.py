@@ -248,9 +248,8 @@ class _Load:
         """0 to 100; since the start of the machine at first."""
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
-        total = (
-            sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-        )  # they are in user
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # they are in user
+        total = sum(times) - guests
         past_idle, past_total = self._before
         self._before = idle, total
         if total <= past_total:
@@ -301,7 +300,8 @@ class _Layout:
         """Limit and use in bytes; ValueError when there is none. Pages of files that wait to be dropped
         don't count as used."""
         limit, usage = (int((folder / name).read_text("ascii")) for name in (self.limit, self.usage))
-        lines = (line.partition(" ") for line in (folder / "memory.stat").read_text("ascii").splitlines())
+        stat = _fact("", lambda: (folder / "memory.stat").read_text("ascii"))
+        lines = (line.partition(" ") for line in stat.splitlines())
         return limit, max(0, usage - next((int(value) for name, _, value in lines if name == self.cache), 0))
 
 
