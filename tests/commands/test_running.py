@@ -42,11 +42,11 @@ def test_ps_shows_what_runs(terminal: Terminal, api: FakeApi) -> None:
 
 def test_ps_adds_the_numbers_of_the_socket(terminal: Terminal, api: FakeApi) -> None:
     api.items = [running("a")]
-    api.messages = [{"event": "metrics", "alias": "a", "system": {"ctx_size": 2048}}]
-    assert "2048" in terminal.run("ps")[1]
+    api.messages = [{"event": "metrics", "alias": "a", "slots": [{"n_ctx": 2048}], "tokens_per_second": 9.87}]
+    assert terminal.run("ps")[1].splitlines()[1].split()[-2:] == ["2048", "9.9"]
     document = orjson.loads(terminal.run("ps", "--json")[1])
     assert document[0]["alias"] == "a"
-    assert document[0]["metrics"]["system"] == {"ctx_size": 2048}
+    assert document[0]["metrics"]["slots"] == [{"n_ctx": 2048}]
 
 
 def test_ps_does_without_a_socket(terminal: Terminal, api: FakeApi) -> None:
@@ -79,11 +79,19 @@ def test_start_under_an_alias_as_json(terminal: Terminal, ready: FakeApi) -> Non
     assert ready.posted()[0][1]["port"] == "7000"
 
 
-def test_start_again_as_before(terminal: Terminal, ready: FakeApi) -> None:
+@pytest.mark.parametrize("name", ["smol", REPO])
+def test_start_again_as_before(terminal: Terminal, ready: FakeApi, name: str) -> None:
     ready.items = [running("smol", status="complete", contextSize=512, chatTemplate="chatml")]
-    assert terminal.run("start", "smol")[0] == 0
+    assert terminal.run("start", name, "--gpu-layers", "3")[0] == 0
     query = ready.posted()[0][1]
     assert (query["alias"], query["contextSize"], query["chatTemplate"]) == ("smol", "512", "chatml")
+    assert query["gpuLayers"] == "3"
+
+
+def test_a_name_that_is_another_models_alias_is_not_taken(terminal: Terminal, ready: FakeApi) -> None:
+    ready.items = [running("tiny.Q4_K_M", status="complete", filePath="other.gguf")]
+    assert terminal.run("start", REPO)[0] == 0
+    assert ready.posted()[0][1]["alias"] == f"{REPO}/{FILE}"
 
 
 def test_start_tells_why_it_did_not_load(terminal: Terminal, ready: FakeApi) -> None:

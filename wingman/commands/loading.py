@@ -26,15 +26,20 @@ _FLAGS: Final = {
 def start_query(session: Session, api: Api, text: str) -> dict[str, str]:
     """Parameters of the start of the model that `text` names. Raises CommandFailed."""
     items = {item.alias: item for item in read_items(api)}
-    known = items.get(text)
-    if known is not None:
-        return _again(known) | _given(session.arguments)
+    given = _given(session.arguments)
+    if text in items:
+        return _again(items[text]) | given
     models = known_models(api)
     model = find_model(models, text, session.home)
     _check_complete(model)
-    alias = getattr(session.arguments, "alias", None) or _free_alias(model, models, items)
-    target = {"alias": alias, "modelRepo": model.model_repo, "filePath": model.file_path}
-    return target | _given(session.arguments)
+    alias = getattr(session.arguments, "alias", None)
+    before = [item for item in items.values() if (item.model_repo, item.file_path) == model.key]
+    if before and alias is None:  # it may run already
+        return _again(max(before, key=lambda item: (item.status in ACTIVE_INFERENCE, item.updated))) | given
+    name = model_name(model, models)
+    path = f"{model.model_repo}/{model.file_path}"
+    target = {"modelRepo": model.model_repo, "filePath": model.file_path}
+    return target | {"alias": alias or (path if name in items else name)} | given
 
 
 def _again(item: WingmanItem) -> dict[str, str]:
@@ -63,15 +68,6 @@ def _check_complete(model: DownloadItem) -> None:
         f"{model.file_path} is not here completely ({state}); "
         f"wingman pull {model.model_repo} {model.file_path} gets the rest"
     )
-
-
-def _free_alias(model: DownloadItem, models: list[DownloadItem], items: dict[str, WingmanItem]) -> str:
-    """One that runs it or ran it, else its shortest name, unless that is another model's alias."""
-    before = [item for item in items.values() if (item.model_repo, item.file_path) == model.key]
-    if before:
-        return max(before, key=lambda item: (item.status in ACTIVE_INFERENCE, item.updated)).alias
-    name = model_name(model, models)
-    return name if name not in items else f"{model.model_repo}/{model.file_path}"
 
 
 def load(api: Api, output: Output, query: dict[str, str]) -> Message:

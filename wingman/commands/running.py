@@ -37,13 +37,13 @@ def ps_command(session: Session) -> int:
 
 
 def _row(item: WingmanItem, metrics: Message) -> tuple[object, ...]:
-    context = metrics.get("system", {}).get("ctx_size") or item.context_size or ""
+    slots = metrics.get("slots")
     return (
         item.alias,
         item.status,
         f"{item.model_repo}/{item.file_path}" if item.model_repo else item.file_path,
         item.port or "",
-        context,
+        slots[0]["n_ctx"] if slots else item.context_size or "",
         metrics.get("requests_running", ""),
         _rate(metrics),
     )
