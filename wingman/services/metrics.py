@@ -7,7 +7,7 @@ Names are llama-server's (`llamacpp:`), so dashboards made for it work; the hist
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,9 +35,9 @@ class _Totals:
 
 
 class EngineCollector(Collector):
-    """Metrics of one engine; `engine` answers None while no model is loaded."""
+    """Metrics of one engine."""
 
-    def __init__(self, engine: Callable[[], Engine | None]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._previous = _Totals()
         self._registry = CollectorRegistry()
@@ -54,9 +54,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """All metrics as of the engine's last step."""
-        engine = self._engine()
-        if engine is None:
-            return
+        engine = self._engine
         snapshot = engine.snapshot
         yield from _counters(snapshot)
         yield from self._rates(snapshot)

