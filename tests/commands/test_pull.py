@@ -148,6 +148,15 @@ def test_a_file_that_is_here_needs_no_hub(terminal: Terminal, api: FakeApi) -> N
     assert terminal.run("pull", REPO, "tiny.Q4_K_M.gguf")[0] == 0
 
 
+def test_a_terminal_sees_a_bar(terminal: Terminal, hub: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    _, out, err = terminal.run("pull", REPO, "Q8_0")
+    assert out.count("\n") == 1
+    assert "tiny.Q8_0.gguf:  50%" in err
+    assert "1.0 MB/s" in err
+    assert "100%" in err
+
+
 @pytest.mark.parametrize(("is_daemon", "words"), [(True, "goes on in the server"), (False, "resumes it")])
 def test_ctrl_c_leaves_the_download_resumable(
     terminal: Terminal, hub: FakeApi, monkeypatch: pytest.MonkeyPatch, is_daemon: bool, words: str

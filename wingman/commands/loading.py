@@ -75,17 +75,20 @@ def load(api: Api, output: Output, query: dict[str, str]) -> Message:
     alias = query["alias"]
     if not query["modelRepo"]:
         raise CommandFailed(f"{alias} is the model of wingman serve --model: it is loaded when that starts")
-    item = ask(api, "/api/inference/start", "POST", **query)
+    item: Message = ask(api, "/api/inference/start", "POST", **query)
     if [item["modelRepo"], item["filePath"]] != [query["modelRepo"], query["filePath"]]:
         raise CommandFailed(f"{alias} is {item['filePath']} already: choose another with --alias")
+    if item["status"] == "inferring":
+        return item
     states = follow(
         api, "inference_status", lambda message: message.get("alias") == alias, lambda: _fetch(api, alias)
     )
     with output.progress(f"loading {alias}", unit="%") as bar, closing(states):
         for state in states:
+            share = 1.0 if state["status"] == "inferring" else state.get("progress", 0.0)
+            bar.show(round(100 * share), 100, state["status"])
             if state["status"] not in ("queued", "preparing"):
                 break
-            bar.show(round(100 * state.get("progress", 0.0)), 100, state["status"])
     if state["status"] != "inferring":
         raise CommandFailed(f"{alias} did not load: {state['error'] or state['status']}")
     return state

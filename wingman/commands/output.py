@@ -102,7 +102,7 @@ class Progress:
             initial=done,
             total=total or None,
             unit=self._unit,
-            unit_scale=True,
+            unit_scale=self._unit == "B",
             bar_format=_BAR,
             dynamic_ncols=True,
             disable=None,  # no terminal, no bar
