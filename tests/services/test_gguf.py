@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import io
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +125,8 @@ REFUSED = {
     "odd scaling": (with_pair("llama.rope.scaling.type", "string", "odd"), "scaled"),
     "a token twice": (with_pair("tokenizer.ggml.tokens", "string", ["a", "b", "c", "a"]), "twice"),
     "a token twice to C": (with_pair("tokenizer.ggml.tokens", "string", ["a", "b", "c", "a\0b"]), "twice"),
+    "an empty token's name": (with_pair("tokenizer.ggml.tokens", "string", ["a", "[EMPTY_2]", "", "d"]), "twice"),
+    "a token beyond the file": (WHOLE.replace(text("b") + text(""), b"\xff" * 8 + b"b" + text("")), "ends within"),
     "too few scores": (with_pair("tokenizer.ggml.scores", "float32", [0.0] * 3), "3 of their scores"),
     "texts as scores": (with_pair("tokenizer.ggml.scores", "string", ["0"] * 4), "scores is string"),
     "no tensors": (build(LLAMA), "no tensors"),
@@ -174,6 +177,22 @@ def test_experts_that_can_be_used() -> None:
         else:
             with pytest.raises(BadGguf):
                 parse_bytes(data)
+
+
+def test_a_token_larger_than_a_window_is_read() -> None:
+    header = parse_bytes(
+        with_pair("tokenizer.ggml.tokens", "string", ["a", "x" * (3 << 20), "y" * (1 << 20), "b"])
+    )
+    assert (header.n_vocab, header.n_tensors) == (4, 1)
+
+
+def test_lists_are_capped_together() -> None:
+    n_texts = 700_000
+    lists = (
+        text(f"list {index}") + struct.pack("<IIQ", 9, 8, n_texts) + bytes(8 * n_texts) for index in range(3)
+    )
+    with pytest.raises(BadGguf, match="2100000 texts"):
+        parse_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 3) + b"".join(lists))
 
 
 class Counted(io.BytesIO):

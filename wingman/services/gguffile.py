@@ -27,9 +27,8 @@ _MAX_TENSORS: Final = 65_536
 _MAX_KEY_BYTES: Final = 1024
 _MAX_NAME_BYTES: Final = 63
 """GGML_MAX_NAME with its terminator."""
-_MAX_TEXTS: Final = 1 << 20
-"""Of one list; the largest known has half a million merges."""
-_MAX_TOKEN_BYTES: Final = 64 << 10
+_MAX_TEXTS: Final = 2 << 20
+"""In lists; the largest vocabularies known have a quarter of a million tokens and twice as many merges."""
 _MAX_DIMS: Final = 4
 _MAX_ELEMENTS: Final = 2**63 - 1
 _KEPT_BYTES: Final = 4096
@@ -94,6 +93,7 @@ class Cursor:
         self._window = b""
         self._start = 0
         self._at = 0
+        self._n_texts = 0
 
     @property
     def position(self) -> int:
@@ -129,6 +129,7 @@ class Cursor:
 
     def skip_texts(self, count: int) -> None:
         """Pass over texts by their lengths alone: a vocabulary has hundreds of thousands."""
+        self._count(count)
         window, at, unpack = self._window, self._at, _LENGTH.unpack_from
         for _ in range(count):
             if at + _LENGTH.size > len(window):
@@ -137,6 +138,27 @@ class Cursor:
             at += _LENGTH.size + unpack(window, at)[0]
         self._check(at, 0)
         self._at = at
+
+    def texts(self, count: int) -> Iterator[bytes]:
+        """The next texts; nothing else may be read until they are."""
+        self._count(count)
+        window, at, unpack = self._window, self._at, _LENGTH.unpack_from
+        for _ in range(count):
+            if at + _LENGTH.size > len(window):
+                self._fill(at, _LENGTH.size)
+                window, at = self._window, 0
+            start = at + _LENGTH.size
+            at = start + unpack(window, start - _LENGTH.size)[0]
+            if at > len(window):
+                self._fill(start, at - start)
+                window, start, at = self._window, 0, at - start
+            yield window[start:at]
+        self._at = at
+
+    def _count(self, count: int) -> None:
+        self._n_texts += count
+        if self._n_texts > _MAX_TEXTS:
+            raise BadGguf(f"its lists have {self._n_texts} texts")
 
     def _check(self, at: int, count: int) -> None:
         end = self._start + at + count
@@ -203,8 +225,6 @@ def _read_string(cursor: Cursor) -> Value:
 def _read_array(cursor: Cursor, key: str) -> tuple[str, Value]:
     kind, length = cursor.number(), cursor.number(_LENGTH)
     if kind == _STRING:
-        if length > _MAX_TEXTS:
-            raise BadGguf(f"{key} has {length} texts")
         if key == TOKENS:
             _skip_tokens(cursor, length)
         else:
@@ -219,9 +239,11 @@ def _read_array(cursor: Cursor, key: str) -> tuple[str, Value]:
 
 def _skip_tokens(cursor: Cursor, count: int) -> None:
     """Pass over the vocabulary; llama.cpp sees tokens up to a NUL, and aborts when two are the same."""
-    tokens = (cursor.text(_MAX_TOKEN_BYTES, "a token").partition(b"\0")[0] for _ in range(count))
-    names = {token or b"[EMPTY_%d]" % index for index, token in enumerate(tokens)}
-    if len(names) != count:
+    tokens = {
+        (token.partition(b"\0")[0] if b"\0" in token else token) or b"[EMPTY_%d]" % index
+        for index, token in enumerate(cursor.texts(count))
+    }
+    if len(tokens) != count:
         raise BadGguf("a token of its vocabulary is there twice")
 
 
