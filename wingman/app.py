@@ -134,6 +134,7 @@ class App:
                 "GET", path, _summary(endpoint), _forms(reply), query=query, needs_key=path not in PUBLIC
             )
             for path, endpoint, reply, query in self._own_routes()
+            if path != "/"
         ]
         if self._inference is not None:
             described += [

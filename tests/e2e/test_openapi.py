@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.server import ServerProcess
 from tools.tinymodel import write_bert, write_llama
-from wingman.app import MODEL_ROUTES
+from wingman.api.routes import MODEL_ROUTES
 
 ALIASES = "rerank|^/completions|^/embedding$|^/v1/embeddings|^/v1/chat|^/models|^/v1/health|^/responses"
 """Ranking needs another model; of paths with the same endpoint one is enough."""

@@ -16,6 +16,7 @@ _REF: Final = "#/components/schemas/{name}"
 _ERRORS: Final = {
     400: "The request can't be served as it is; the error names the field.",
     401: "No API key, or a wrong one.",
+    403: "This Host or Origin may not call; the message names the flag.",
     404: "There is no such thing.",
     413: "The body is larger than --max-body-size.",
     429: "A queue is full; Retry-After says when to try again.",
@@ -23,7 +24,29 @@ _ERRORS: Final = {
     501: "This model or configuration does not do it.",
     503: "The model loads or the server shuts down.",
 }
+_CONTROL_ANSWERS: Final = {
+    202: "Accepted; it goes on by itself.",
+    208: "It is so already.",
+}
+_CONTROL_ERRORS: Final = {
+    409: "Not in the state that things are in.",
+    422: "A parameter is missing; the error names it.",
+    502: "The Hub did not answer, or not as it should.",
+    507: "It does not fit on the disk or in memory.",
+}
+_CONTROL: Final = "/api/"
 _QUERY_PARAMETERS: Final = {
+    "modelRepo": "A repository of the Hub, owner/name, or local.",
+    "filePath": "A GGUF file in it; of a split model the first part.",
+    "revision": "A branch, tag or commit (default: main).",
+    "alias": "The name a model runs under.",
+    "address": "Where a listener of its own is to be (default: the shared one's).",
+    "port": "Its port; 0 or nothing: none of its own.",
+    "contextSize": "Tokens of context of one conversation; 0: from the model.",
+    "gpuLayers": "Layers on the GPU; -1: all that fit.",
+    "chatTemplate": "A chat template instead of the model's: a built-in name or jinja2 text.",
+    "force": "true: load it whatever memory there is.",
+    "model": "Which model, where several are loaded.",
     "fail_on_no_slot": "Anything: answer 503 when no slot is idle.",
     "include_slots": "Anything: add the slots.",
     "action": "save, restore or erase.",
@@ -131,8 +154,12 @@ def _responses(route: Description, replies: list[Any]) -> dict[str, Any]:
     if route.streams:
         content["text/event-stream"] = {"schema": _EVENT}
     responses = {"200": {"description": "Success.", "content": content}}
+    is_control = route.path.startswith(_CONTROL)
+    for status, description in _CONTROL_ANSWERS.items() if is_control else ():
+        responses[str(status)] = {"description": description, "content": content}
     error = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
-    for status, description in _ERRORS.items():
+    errors = _ERRORS | (_CONTROL_ERRORS if is_control else {507: _CONTROL_ERRORS[507]})
+    for status, description in errors.items():
         responses[str(status)] = {"description": description, "content": error}
     return responses
 
