@@ -25,7 +25,7 @@ _REPO: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@() -]{0,199}", re.ASCII)
 _MAX_NAME_BYTES: Final = 240
 """Leaves room for the suffix of a partial file within the 255 bytes of a file system."""
-_SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
+_SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})(\.(?i:gguf))\Z", re.ASCII)
 _MAX_PARTS: Final = 512
 
 
@@ -69,14 +69,13 @@ def stored_name(repo: str, file_path: str) -> str:
 
 def parse_stored_name(name: str) -> tuple[str, str] | None:
     """Repository and file path of a name made by `stored_name`; None for any other."""
-    repo, separator, file_path = name.partition(_FILE)
+    repo, _, file_path = name.partition(_FILE)
     repo, file_path = repo.replace(_SLASH, "/"), file_path.replace(_SLASH, "/")
-    if not separator or repo == LOCAL:
-        return None
     try:
-        return check_repo(repo), check_file_path(file_path)
+        is_stored = repo != LOCAL and stored_name(repo, file_path) == name
     except InvalidRequest:
         return None
+    return (repo, file_path) if is_stored else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +134,13 @@ class Home:
             raise ConfigurationError(f"can't use {self.root} (--home): {error.strerror}") from error
 
     def model_file(self, repo: str, file_path: str) -> Path:
-        """Where a model's file lies or will lie. Raises InvalidRequest for a name that is none."""
+        """Where a model's file lies or will lie; no two names mean one file. Raises InvalidRequest for a name
+        that is none."""
         if repo != LOCAL:
             return self.models / stored_name(repo, file_path)
         parts = file_path.split("/")
         is_odd = any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts)
-        if is_odd or not file_path.lower().endswith(".gguf"):
+        if is_odd or not file_path.lower().endswith(".gguf") or parse_stored_name(file_path) is not None:
             raise InvalidRequest("filePath must be the path of a .gguf file in the models folder", "filePath")
         return self.models.joinpath(*parts)
 
