@@ -23,12 +23,11 @@ def names_of(item: DownloadItem) -> tuple[str, ...]:
 
 
 def find_download(name: str, items: Iterable[DownloadItem]) -> DownloadItem | None:
-    """The one complete download that a name means; None when there is none or more than one."""
-    wanted = name.lower()
-    found = [
-        item
-        for item in items
-        if item.status == "complete" and wanted in (known.lower() for known in names_of(item))
+    """The one complete download that a name means, as it is written or else in any case; None when there is
+    none or more than one."""
+    here = [item for item in items if item.status == "complete"]
+    found = [item for item in here if name in names_of(item)] or [
+        item for item in here if name.lower() in (known.lower() for known in names_of(item))
     ]
     return found[0] if len(found) == 1 else None
 

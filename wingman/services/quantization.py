@@ -132,7 +132,7 @@ def quantization_name(quant: str) -> str:
         return _PLAIN_NAMES.get(quant, "")
     family, *rest = quant.split("_")
     kind = "I " if family.startswith("I") else ""
-    return f"{family[-1]}-bit {kind}{' '.join(_WORDS.get(word, word) for word in rest)}"
+    return f"{family[-1:]}-bit {kind}{' '.join(_WORDS.get(word, word) for word in rest)}"
 
 
 def bits_per_weight(quant: str) -> float:
