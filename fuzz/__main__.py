@@ -18,7 +18,10 @@ from typing import NoReturn
 
 from fuzz.mutate import Mutator, Target, corpus_dir, read_corpus, run
 
-TARGETS = ("bodies", "gguf", "grammars", "http1", "slotfiles", "sse", "templates", "toolcalls", "websocket")
+TARGETS = (
+    "bodies", "gguf", "grammars", "http1", "names", "slotfiles", "sse", "templates", "toolcalls",
+    "websocket",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
