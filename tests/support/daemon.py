@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -131,7 +132,7 @@ class Daemon:
 
     def api(self, path: str, method: str = "GET", **query: Any) -> httpx.Response:
         """Call `/api/...`; what is posted goes into a JSON body."""
-        how = {"json": query} if method == "POST" else {"params": query}
+        how: dict[str, Any] = {"json": query} if method == "POST" else {"params": query}
         return httpx.request(method, self.control + path, timeout=TIMEOUT_S, headers=self._headers(), **how)
 
     def ask(self, path: str, method: str = "GET", **query: Any) -> Any:
@@ -151,11 +152,14 @@ class Daemon:
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
-    def events(self, query: str = "", **options: Any) -> ClientConnection:
-        """A WebSocket client; a context manager."""
-        options = {"additional_headers": self._headers(), "open_timeout": TIMEOUT_S} | options
+    def events(self, query: str = "", **options: Any) -> AbstractContextManager[ClientConnection]:
+        """A WebSocket client, connected when it is entered."""
+        settings: dict[str, Any] = {"additional_headers": self._headers(), "open_timeout": TIMEOUT_S}
         address = self.control.replace("http://", "ws://")
-        return connect(f"{address}/{query}", max_size=2**24, proxy=None, **options)
+        connection: AbstractContextManager[ClientConnection] = connect(
+            f"{address}/{query}", max_size=2**24, proxy=None, **(settings | options)
+        )
+        return connection
 
     # -- models ---------------------------------------------------------------------------------------
 
@@ -213,11 +217,48 @@ def receive(socket: ClientConnection) -> dict[str, Any]:
     return message
 
 
-def receive_until(socket: ClientConnection, is_it: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Messages up to the first one that is it."""
-    messages = [receive(socket)]
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_it(messages[-1]):
-        assert time.monotonic() < deadline, f"not among {len(messages)} messages; the last: {messages[-1]}"
-        messages.append(receive(socket))
-    return messages
+class Watcher:
+    """Collects what a WebSocket client gets, in a thread, until the server closes; a context manager."""
+
+    def __init__(self, connection: AbstractContextManager[ClientConnection]) -> None:
+        self._connection = connection
+        self.messages: list[dict[str, Any]] = []
+        self._has_news = threading.Condition()
+        self._thread = threading.Thread(target=self._collect)
+
+    def __enter__(self) -> Self:
+        self.socket = self._connection.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.__exit__(None, None, None)
+        self._thread.join()
+
+    def _collect(self) -> None:
+        for text in self.socket:
+            with self._has_news:
+                self.messages.append(orjson.loads(text))
+                self._has_news.notify_all()
+
+    def of(self, event: str, **fields: Any) -> list[dict[str, Any]]:
+        """Messages of an event that have these fields, so far."""
+        wanted = {"event": event} | fields
+        return [message for message in tuple(self.messages) if wanted.items() <= _flat(message).items()]
+
+    def wait(self, event: str, **fields: Any) -> dict[str, Any]:
+        """The first message of an event that has these fields; waits for it."""
+        with self._has_news:
+            has_come = self._has_news.wait_for(lambda: self.of(event, **fields), TIMEOUT_S)
+        assert has_come, f"no {event} with {fields} among {len(self.messages)} messages"
+        return self.of(event, **fields)[0]
+
+    def join(self) -> tuple[int | None, str | None]:
+        """Wait until the server has closed; code and reason."""
+        self._thread.join(TIMEOUT_S)
+        return self.socket.close_code, self.socket.close_reason
+
+
+def _flat(message: dict[str, Any]) -> dict[str, Any]:
+    """What of a message can be compared as a set."""
+    return {name: value for name, value in message.items() if not isinstance(value, dict | list)}
