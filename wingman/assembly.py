@@ -19,7 +19,7 @@ from wingman.services.broadcast import BACKLOG, Bounds, Broadcast
 from wingman.services.catalog import Catalog, Room
 from wingman.services.deployments import estimate_need
 from wingman.services.downloads import Downloads, Limits
-from wingman.services.hardware import Hardware
+from wingman.services.hardware import Hardware, Llama
 from wingman.services.home import Home, Lock
 from wingman.services.hub import Hub
 from wingman.services.inference import Inference
@@ -69,6 +69,13 @@ def plane_of(
     )
 
 
+def read_llama() -> Llama:
+    """Facts of llama.cpp as it is installed. Blocks while the library is loaded."""
+    from wingman.engine.llama.binding import build_info, can_offload, system_info
+
+    return Llama(build=build_info(), system_info=system_info(), can_offload=can_offload())
+
+
 async def open_home(home: Home) -> tuple[Lock, Store]:
     """Take a home folder and open its database. Raises ConfigurationError when another process has it."""
     home.create()
@@ -87,17 +94,22 @@ async def open_home(home: Home) -> tuple[Lock, Store]:
 
 
 def make_services(
-    whole: Config, home: Home, lock: Lock, store: Store, inference: Callable[[], Inference]
+    whole: Config,
+    home: Home,
+    lock: Lock,
+    store: Store,
+    inference: Callable[[], Inference],
+    llama: Llama = Llama(),  # noqa: B008 - frozen
 ) -> Services:
-    """The services; `inference` is there once they are used."""
+    """The services; `inference` is there once they are used, `llama` are facts of the runtime."""
     config = whole.control
-    hardware = Hardware(home.models)
+    hardware = Hardware(home.models, llama)
     broadcast = Broadcast(backlog=Bounds(config.max_backlog, BACKLOG.n_bytes), seq=int(time.time() * 1000))
     endpoint = config.hf_endpoint or HUB
     downloads = Downloads(
         home,
         store,
-        Remote(endpoint, config.hf_token, stall_s=config.download_stall),
+        Remote(endpoint, config.hf_token, stall_s=config.download_stall, is_offline=config.offline),
         lambda item: monitor.on_download(item),  # noqa: PLW0108 - it is made below
         limits=Limits(config.parallel_downloads, config.max_downloads, config.max_download_rate),
         in_use=lambda repo, path: inference().in_use(repo, path),
@@ -110,7 +122,14 @@ def make_services(
         hardware=lambda: hardware.current,
         shows_content=config.monitor_content,
     )
-    hub = Hub(endpoint, config.hf_token, home.cache, config.catalog_ttl, limit=config.catalog_limit)
+    hub = Hub(
+        endpoint,
+        config.hf_token,
+        home.cache,
+        config.catalog_ttl,
+        limit=config.catalog_limit,
+        is_offline=config.offline,
+    )
     catalog = Catalog(
         home,
         hub,

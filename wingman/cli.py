@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     try:
-        arguments, ignored = _drop_unused([_dashed(argument) for argument in arguments])
+        ignored: list[str] = []
+        if "serve" in arguments[:1]:  # only its flags are llama-server's
+            arguments, ignored = _drop_unused([_dashed(argument) for argument in arguments])
         parsed = parser.parse_args(arguments)
         if parsed.command is None:
             parser.print_help()

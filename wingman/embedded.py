@@ -6,6 +6,7 @@ they need no key. All on the loop that started it.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -22,6 +23,8 @@ from wingman.services.broadcast import Filter
 from wingman.services.deployments import Start
 from wingman.services.inference import Inference
 from wingman.services.items import DownloadItem, WingmanItem
+
+log = logging.getLogger("wingman.embedded")
 
 _DONE: Final = "[DONE]"
 
@@ -166,7 +169,10 @@ class _CallbackSink:
     def push(self, frame: bytes) -> bool:
         """Take a frame: unmasked, final, of text (RFC 6455, 5.2)."""
         start = {126: 4, 127: 10}.get(frame[1], 2)
-        self._callback(orjson.loads(frame[start:]))
+        try:
+            self._callback(orjson.loads(frame[start:]))
+        except Exception:
+            log.exception("a subscriber failed")
         return True
 
     async def drain(self) -> None:

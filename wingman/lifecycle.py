@@ -12,6 +12,7 @@ import gc
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import sys
 from typing import Final, Self
@@ -24,6 +25,7 @@ from wingman.assembly import (
     make_services,
     open_home,
     plane_of,
+    read_llama,
     remove_runtime_file,
     write_runtime_file,
 )
@@ -140,7 +142,8 @@ class Wingman(Embedded):
         hardware = None
         if has_control(config):
             lock, store = await open_home(home)
-            self._services = make_services(config, home, lock, store, lambda: self.inference)
+            llama = await asyncio.to_thread(read_llama)
+            self._services = make_services(config, home, lock, store, lambda: self.inference, llama)
             hardware = self._services.hardware
             await hardware.refresh()
         capacity = capacity_of(control, hardware) if hardware is not None else (lambda _: 2**63)
@@ -375,10 +378,19 @@ def _url(address: str) -> str:
     return f"unix:{address}" if address.startswith(("/", ".")) else f"http://{address}"
 
 
+def _allow_many_files() -> None:
+    """Raise the limit of open files to what this user may have: a thousand monitors are a thousand files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 async def serve(config: Config, start: Start | None = None) -> int:
     """Run a server until a signal, with a downloaded model started from the beginning; the exit status.
     Raises ConfigurationError or ModelLoadFailure."""
     wingman = Wingman(config)
+    _allow_many_files()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, wingman)

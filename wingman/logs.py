@@ -16,6 +16,8 @@ import orjson
 
 MAX_QUEUED_RECORDS = 10_000
 N_OLD_FILES = 3
+_QUIET = ("httpx2", "httpcore2")
+"""Libraries that log the address of every request: the Hub's are signed, so whoever reads one may use it."""
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -77,6 +79,8 @@ def configure_logging(level: str, form: str, file: Path | None = None, n_bytes: 
         root.removeHandler(handler)
     root.addHandler(_DroppingQueueHandler(records))
     root.setLevel(level.upper())
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
     listener = QueueListener(records, *writers)
     listener.start()
     return listener

@@ -128,6 +128,9 @@ class _Model(msgspec.Struct, rename="camel"):
     gguf: _Gguf | None = None
 
 
+OFFLINE: Final = "the Hub is not asked: the server was started with --offline"
+
+
 class Hub:
     """Reads the API. Calls may overlap; a listing is fetched by one of them.
 
@@ -142,12 +145,14 @@ class Hub:
         ttl_s: float = 3600.0,
         *,
         limit: int = 200,
+        is_offline: bool = False,
         timeout_s: float = 10.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._endpoint, self._token = endpoint, token
         self._cache_file = cache_folder / "hub-listing.json"
         self._ttl_s, self._limit, self._timeout_s, self._clock = ttl_s, limit, timeout_s, clock
+        self._is_offline = is_offline
         self._listing = Listing()
         self._failed = float("-inf")
         self._fetching = asyncio.Lock()
@@ -161,7 +166,7 @@ class Hub:
             now = self._clock()
             if now - self._listing.fetched < self._ttl_s:
                 return self._listing, False
-            if now - self._failed < _RETRY_AFTER_S:
+            if self._is_offline or now - self._failed < _RETRY_AFTER_S:
                 return self._listing, True
             try:
                 self._listing = await self._fetch_listing()
@@ -211,6 +216,8 @@ class Hub:
 
     async def _get(self, url: str, params: Mapping[str, Any], repo_id: str | None) -> tuple[bytes, str]:
         """A body, and the address of the page after it, or ""."""
+        if self._is_offline:
+            raise UpstreamFailure(OFFLINE)
         await asyncio.to_thread(_import_library)
         import httpx2
 

@@ -70,8 +70,15 @@ class Remote:
     """The Hub. `token` None: as huggingface_hub finds it, looked up anew for each request."""
 
     def __init__(
-        self, endpoint: str = "https://huggingface.co", token: str | None = None, *, stall_s: float = 30.0
+        self,
+        endpoint: str = "https://huggingface.co",
+        token: str | None = None,
+        *,
+        stall_s: float = 30.0,
+        is_offline: bool = False,
     ) -> None:
+        """`is_offline`: nothing is asked, everything raises UpstreamFailure."""
+        self._is_offline = is_offline
         self._endpoint = endpoint.rstrip("/")
         self._token = token
         self._stall_s = stall_s
@@ -126,6 +133,8 @@ class Remote:
         self, method: str, address: _Address, extra: dict[str, str]
     ) -> tuple[httpx2.Response, dict[str, str]]:
         """The answer behind the redirects, and the headers that the Hub sent on the way, the first of each."""
+        if self._is_offline:
+            raise UpstreamFailure("the Hub is not asked: the server was started with --offline")
         client = await self._client()
         url, headers = await asyncio.to_thread(self._first_request, address)
         facts: dict[str, str] = {}

@@ -20,7 +20,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from llama_cpp import llama_cpp as lib
 
-__all__ = ["build_info", "check_signatures", "initialize", "lib", "take_errors", "version"]
+__all__ = [
+    "build_info",
+    "can_offload",
+    "check_signatures",
+    "initialize",
+    "lib",
+    "system_info",
+    "take_errors",
+    "version",
+]
 
 log = logging.getLogger("wingman.llama")
 
@@ -65,6 +74,17 @@ def version() -> str:
 def build_info() -> str:
     """What system_fingerprint and /props show; llama-server's begins with "b" too."""
     return f"b-llama-cpp-python-{version()}"
+
+
+def system_info() -> str:
+    """What the processor offers that the library uses."""
+    text: bytes = lib.llama_print_system_info()
+    return text.decode("utf-8", "replace").strip()
+
+
+def can_offload() -> bool:
+    """Whether the library was built to use a GPU."""
+    return bool(lib.llama_supports_gpu_offload())
 
 
 _ERROR: Final = 3  # GGML_LOG_LEVEL_ERROR

@@ -176,7 +176,7 @@ class LlamaRunner:
             chat_template=model.chat_template(),
             rerank_template=model.chat_template("rerank"),
             build=binding.build_info(),
-            system_info=lib.llama_print_system_info().decode("utf-8", "replace"),
+            system_info=binding.system_info(),
             max_piece_bytes=tokenizer.max_piece_bytes,
             can_shift=bool(lib.llama_memory_can_shift(context.memory)) if context else False,
             can_generate=context is not None,
