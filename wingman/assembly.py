@@ -28,7 +28,7 @@ from wingman.services.remote import Remote
 from wingman.services.store import Store
 
 HUB: Final = "https://huggingface.co"
-_MB: Final = 1_000_000
+_MB: Final = 2**20
 _USABLE: Final = 0.95
 """Share of the machine's memory that models may take."""
 

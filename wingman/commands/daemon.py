@@ -1,4 +1,5 @@
-"""Where a running server is: --url, else what it wrote to its runtime file, else the default ports.
+"""Where a running server is: --url, else what it wrote to its runtime file, else the default ports if the home
+folder is the default one: a server there may be of another user, but one of another home is not meant.
 
 A runtime file may be stale, and another program may sit on a port: only who answers as Wingman counts.
 It is asked without a key first, so that a stranger is not told one.
@@ -16,9 +17,11 @@ import orjson
 
 from wingman.commands.api import CommandFailed
 from wingman.commands.remote import Address, RemoteApi
+from wingman.config import ServerConfig
 from wingman.services.home import Home
 
 DEFAULT: Final = Address("http://127.0.0.1:6568", "http://127.0.0.1:6567")
+DEFAULT_HOME: Final = ServerConfig().home
 _PROBE_S: Final = 3.0
 _MAX_RUNTIME_FILE_BYTES: Final = 65536
 
@@ -36,8 +39,9 @@ def find_daemon(arguments: argparse.Namespace, home: Home) -> RemoteApi | None:
                 f"no Wingman answers at {url}: start it with wingman serve, or leave out --url"
             )
         return RemoteApi(address, admin_key, api_key)
-    for address in (told, DEFAULT) if told else (DEFAULT,):
-        if is_wingman(address):
+    fallback = DEFAULT if home.root == DEFAULT_HOME.expanduser() else None
+    for address in (told, fallback):
+        if address is not None and is_wingman(address):
             return RemoteApi(address, admin_key, api_key)
     return None
 

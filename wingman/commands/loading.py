@@ -27,12 +27,12 @@ def start_query(session: Session, api: Api, text: str) -> dict[str, str]:
     """Parameters of the start of the model that `text` names. Raises CommandFailed."""
     items = {item.alias: item for item in read_items(api)}
     given = _given(session.arguments)
+    alias = getattr(session.arguments, "alias", None)
     if text in items:
-        return _again(items[text]) | given
+        return _again(items[text]) | given | ({"alias": alias} if alias else {})
     models = known_models(api)
     model = find_model(models, text, session.home)
     _check_complete(model)
-    alias = getattr(session.arguments, "alias", None)
     before = [item for item in items.values() if (item.model_repo, item.file_path) == model.key]
     if before and alias is None:  # it may run already
         return _again(max(before, key=lambda item: (item.status in ACTIVE_INFERENCE, item.updated))) | given

@@ -155,6 +155,10 @@ def estimate_need(header: GgufHeader, config: Config) -> int:
         header,
         n_ctx=config.context.ctx_size or header.context_length,
         n_parallel=config.context.parallel,
+        n_ubatch=config.context.ubatch_size,
         type_k=config.context.cache_type_k,
         type_v=config.context.cache_type_v,
+        is_unified=config.context.kv_unified,
+        has_flash_attention=config.context.flash_attn != "off",
+        has_full_windows=config.context.swa_full,
     )

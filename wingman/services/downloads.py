@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ log = logging.getLogger("wingman.downloads")
 _TICK_S: Final = 0.25
 """Progress is told this often at most."""
 _RETRY_AFTER_S: Final = 60
+_CANCEL_AGAIN_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,7 @@ class Downloads:
         async with self._ledger.turn:
             tasks = [running.task for running in self._running.values()]
             tasks += [self._reporter] if self._reporter is not None else []
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
         await self._ledger.settle()
         self._executor.shutdown()
 
@@ -278,8 +277,7 @@ class Downloads:
     async def _stop(self, key: Key) -> None:
         """End the task of a download; the turn is held."""
         if (running := self._running.get(key)) is not None:
-            running.task.cancel()
-            await asyncio.wait([running.task])
+            await _end([running.task])
 
     async def _report(self) -> None:
         """Tell how far downloads are, while there are any."""
@@ -300,3 +298,11 @@ class Downloads:
         fresh = at_bytes(item, running.extent.n_bytes, running.extent.speed_text(time.monotonic()))
         if fresh != item:
             await self._ledger.put(fresh)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they end: an error while one cleans up takes the place of the cancellation."""
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)

@@ -209,7 +209,8 @@ def choose_file(files: Sequence[Candidate], memory_available: int, on_gpu: bool)
     if fitting:
         best = min(fitting, key=lambda file: _rank(file, on_gpu))
         room = f"needs {_megabytes(best.memory_bytes)} of the {_megabytes(memory_available)} free {place}"
-        return Choice(best, f"{_label(best)} {room}{_merit(best, fitting, on_gpu)}", True)
+        merit = _merit(best, fitting, on_gpu) if len(models) > 1 else ""
+        return Choice(best, f"{_label(best)} {room}{merit}", True)
     known = [file for file in models if file.memory_bytes > 0]
     if not known:
         best = min(models, key=lambda file: _rank(file, on_gpu))

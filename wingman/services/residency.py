@@ -325,7 +325,7 @@ class Residency:
         assert home.served is not None
         resident = self._roster.get(name)
         assert resident is not None
-        n_load = resident.n_loads
+        n_load = resident.load_number
         waiters, home.waiters = home.waiters, []
         for waiter in waiters:
             lease = Lease(home.served, lambda: self._release(name, n_load))

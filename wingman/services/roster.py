@@ -127,8 +127,8 @@ class Resident:
     used_at: float = 0.0
     turn: int = 0
     """Place in the queue of loads."""
-    n_loads: int = 0
-    """Tells leases of this load from those of an earlier one."""
+    load_number: int = 0
+    """Tells leases of this load from those of any other, one before it was forgotten too."""
 
 
 class Roster:
@@ -140,6 +140,7 @@ class Roster:
         self._idle_unload_s = idle_unload_s
         self._residents: dict[str, Resident] = {}
         self._turns = itertools.count(1)
+        self._load_numbers = itertools.count(1)
 
     def __iter__(self) -> Iterator[Resident]:
         return iter(self._residents.values())
@@ -193,12 +194,12 @@ class Roster:
         assert resident.state is State.READY, resident.state
         resident.n_leases += 1
         resident.used_at = now
-        return resident.n_loads
+        return resident.load_number
 
     def release(self, name: str, n_load: int, now: float) -> None:
         """It is done with it; means nothing once that load was freed."""
         resident = self._residents.get(name)
-        if resident is not None and resident.n_loads == n_load and resident.n_leases:
+        if resident is not None and resident.load_number == n_load and resident.n_leases:
             resident.n_leases -= 1
             resident.used_at = now
 
@@ -207,7 +208,7 @@ class Roster:
         nobody wants it any more: then it is UNLOADING and the caller unloads it."""
         resident = self._residents[name]
         self._move(resident, Move.LOADED)
-        resident.n_loads += 1
+        resident.load_number = next(self._load_numbers)
         if resident.state is not State.READY:
             return False
         resident.n_leases, resident.n_waiting = resident.n_waiting, 0
@@ -226,7 +227,7 @@ class Roster:
         resident = self._residents[name]
         self._move(resident, Move.UNLOADED)
         resident.n_leases = 0
-        resident.n_loads += 1
+        resident.load_number = next(self._load_numbers)
         return self._absent(resident)
 
     def _absent(self, resident: Resident) -> bool:
@@ -276,7 +277,7 @@ class Roster:
                 actions += self._make_room(head, capacity_bytes)
                 return actions
             head = self._head()
-        if head is None:
+        if head is None or is_loading:
             actions += self._keep_drained()
         return actions
 
