@@ -19,7 +19,7 @@ from typing import NoReturn
 from fuzz.mutate import Mutator, Target, corpus_dir, read_corpus, run
 
 TARGETS = (
-    "bodies", "gguf", "grammars", "http1", "names", "slotfiles", "sse", "templates", "toolcalls",
+    "bodies", "control", "gguf", "grammars", "http1", "names", "slotfiles", "sse", "templates", "toolcalls",
     "websocket",
 )  # fmt: skip
 
