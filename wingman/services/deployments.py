@@ -92,9 +92,9 @@ class Deployer:
         try:
             header = await asyncio.to_thread(read_parts, paths)
         except BadGguf as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                raise NotFound(f"{request.file_path} is not in the models folder") from None
             raise InvalidRequest(f"{request.file_path} is not a usable model: {error.message}") from None
-        except OSError:
-            raise NotFound(f"the file of {request.file_path} is gone") from None
         config = self._config_of(request, paths[0])
         if self._refresh is not None:
             await self._refresh()
