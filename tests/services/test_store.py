@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wingman.errors import ConfigurationError, Unavailable
+from wingman.errors import ConfigurationError, InsufficientRoom, Unavailable
 from wingman.services.items import DownloadItem, DownloadStatus, WingmanItem, WingmanStatus
 from wingman.services.store import VERSION, Store, StoreFailure
 
@@ -154,6 +154,20 @@ async def test_many_at_once(store: Store) -> None:
     assert await store.items() == items
     await asyncio.gather(*(store.delete_item(item.alias) for item in items[::2]))
     assert await store.items() == items[1::2]
+
+
+async def test_a_full_disk_is_told_and_passes(store: Store) -> None:
+    async def allow(n_pages: int) -> None:
+        await store._write(lambda connection: connection.execute(f"PRAGMA max_page_count={n_pages}"))
+
+    big = msgspec.structs.replace(DOWNLOAD, metadata="x" * 10**6)
+    await allow(1)  # as many as there are
+    with pytest.raises(InsufficientRoom, match="the disk is full"):
+        await store.put_download(big)
+    assert await store.downloads() == []
+    await allow(10**6)
+    await store.put_download(big)
+    assert await store.downloads() == [big]
 
 
 async def test_one_bad_change_fails_alone(store: Store) -> None:

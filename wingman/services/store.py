@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from wingman.errors import ConfigurationError, Unavailable, WingmanError
+from wingman.errors import ConfigurationError, InsufficientRoom, Unavailable, WingmanError
 from wingman.services.items import DownloadItem, WingmanItem
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ _TABLES: Final = (_DOWNLOADS, _ITEMS, _APP)
 
 
 class Store:
-    """The database as the loop sees it. All methods raise StoreFailure when SQLite can't do it."""
+    """The database as the loop sees it. All methods raise StoreFailure when SQLite can't do it, and
+    InsufficientRoom when that is because the disk is full."""
 
     def __init__(self, database: _Database, executor: ThreadPoolExecutor) -> None:
         self._database = database
@@ -212,8 +213,10 @@ def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
         future.set_exception(_failure(error))
 
 
-def _failure(error: Exception) -> StoreFailure:
+def _failure(error: Exception) -> WingmanError:
     logger.error("the database failed: %s", error)
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        return InsufficientRoom("the disk is full, so this can't be stored: free some space and try again")
     return StoreFailure("the database could not be read or written; the log says why")
 
 
