@@ -15,7 +15,7 @@ from wingman.api.control import ControlPlane
 from wingman.api.events import EventLimits, EventsEndpoint
 from wingman.config import Config, ControlConfig
 from wingman.errors import ConfigurationError
-from wingman.services.broadcast import BACKLOG, Bounds, Broadcast
+from wingman.services.broadcast import BACKLOG, HISTORY, Bounds, Broadcast
 from wingman.services.catalog import Catalog, Room
 from wingman.services.deployments import estimate_need
 from wingman.services.downloads import Downloads, Limits
@@ -63,7 +63,10 @@ def plane_of(
         catalog=services.catalog,
         hardware=services.hardware,
         sockets=EventsEndpoint(
-            services.broadcast, services.monitor, shutdown, EventLimits(config.max_monitors)
+            services.broadcast,
+            services.monitor,
+            shutdown,
+            EventLimits(config.max_monitors, config.max_message_rate, 2 * config.max_message_rate),
         ),
         shutdown=shutdown,
     )
@@ -104,7 +107,11 @@ def make_services(
     """The services; `inference` is there once they are used, `llama` are facts of the runtime."""
     config = whole.control
     hardware = Hardware(home.models, llama)
-    broadcast = Broadcast(backlog=Bounds(config.max_backlog, BACKLOG.n_bytes), seq=int(time.time() * 1000))
+    broadcast = Broadcast(
+        Bounds(config.max_history, HISTORY.n_bytes),
+        Bounds(config.max_backlog, BACKLOG.n_bytes),
+        seq=int(time.time() * 1000),
+    )
     endpoint = config.hf_endpoint or HUB
     downloads = Downloads(
         home,

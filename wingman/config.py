@@ -305,6 +305,10 @@ class ControlConfig:
     max_monitors: int = option(2048, "--max-monitors", metavar="N", help="WebSocket clients at once")
     max_backlog: int = option(256, "--max-backlog", metavar="N",
         help="messages that may wait for one WebSocket client; more close it")  # fmt: skip
+    max_history: int = option(512, "--max-history", metavar="N",
+        help="messages kept for WebSocket clients that come back with ?since=N")  # fmt: skip
+    max_message_rate: float = option(200.0, "--max-message-rate", metavar="N",
+        help="messages a second from one WebSocket client, twice as many at once; more close it")  # fmt: skip
     max_message_size: int = option(262144, "--max-message-size", metavar="BYTES",
         help="largest message of a WebSocket client")  # fmt: skip
     monitor_content: bool = option(False, "--monitor-content",
@@ -374,6 +378,8 @@ _BOUNDS: Final = {
     "max_monitors": (0, 2**20),
     "max_backlog": (8, 2**20),
     "max_message_size": (128, 2**30),
+    "max_history": (1, 2**20),
+    "max_message_rate": (1, 10**6),
     "log_file_size": (0, 2**40),
 }
 
