@@ -251,6 +251,8 @@ def test_a_damaged_file_is_ignored(home: Home, damage: bytes) -> None:
 def test_the_default_ports_are_tried(home: Home, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "DEFAULT", Address(server.url, server.url))
     tell(home, "http://127.0.0.1:9")
+    assert find(home) is None  # that one has another home
+    monkeypatch.setattr(daemon, "DEFAULT_HOME", home.root)
     assert find(home) is not None
 
 

@@ -40,10 +40,8 @@ def find_daemon(arguments: argparse.Namespace, home: Home) -> RemoteApi | None:
             )
         return RemoteApi(address, admin_key, api_key)
     fallback = DEFAULT if home.root == DEFAULT_HOME.expanduser() else None
-    for address in (told, fallback):
-        if address is not None and is_wingman(address):
-            return RemoteApi(address, admin_key, api_key)
-    return None
+    found = next((one for one in (told, fallback) if one is not None and is_wingman(one)), None)
+    return None if found is None else RemoteApi(found, admin_key, api_key)
 
 
 def _first(name: str) -> str:
