@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from tests.support.downloads import REPO, MemoryStore, ScriptedHub, names
+from tests.support.downloads import PATH, REPO, House, ended, names, until
 from tools.tinymodel import write_llama
 from wingman.errors import (
     Conflict,
@@ -22,15 +22,11 @@ from wingman.errors import (
     Unavailable,
     UpstreamFailure,
 )
-from wingman.services.downloads import Downloads, Limits
+from wingman.services.downloads import Limits
 from wingman.services.downloadstates import TRANSITIONS, read_metadata
-from wingman.services.home import Home, stored_name
+from wingman.services.home import stored_name
 from wingman.services.items import DownloadItem
 from wingman.services.remote import Interrupted, RemoteFile
-from wingman.services.shelf import Shelf
-from wingman.services.transfer import Patience
-
-PATH = "m.Q8_0.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -45,48 +41,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-class House:
-    """A home folder with everything around its downloads; `open` starts a process, so to speak."""
-
-    def __init__(self, root: Path) -> None:
-        self.home = Home(root)
-        self.home.create()
-        self.hub = ScriptedHub(chunk_bytes=50_000)
-        self.store = MemoryStore()
-        self.told: list[DownloadItem] = []
-        self.used: set[tuple[str, str]] = set()
-        self.free_bytes = 10**12
-        self.opened: list[Downloads] = []
-
-    def announce(self, item: DownloadItem) -> None:
-        """What is told is stored."""
-        assert self.store.rows.get(item.key, item) == item
-        self.told.append(item)
-
-    async def open(self, **options: Any) -> Downloads:
-        options = {"patience": Patience(max_tries=2, backoff_s=0.0), "limits": Limits(2, 256)} | options
-        downloads = Downloads(
-            self.home,
-            self.store,
-            self.hub,
-            self.announce,
-            in_use=lambda repo, path: (repo, path) in self.used,
-            shelf=Shelf(self.home, free_bytes=lambda _: self.free_bytes),
-            **options,
-        )
-        self.opened.append(downloads)
-        await downloads.start()
-        return downloads
-
-    def path(self, file_path: str = PATH, repo: str = REPO) -> Path:
-        return self.home.models / stored_name(repo, file_path)
-
-    def statuses(self, file_path: str = PATH) -> list[str]:
-        """Of what was told, without repeats."""
-        seen = [item.status for item in self.told if item.file_path == file_path]
-        return [one for index, one in enumerate(seen) if index == 0 or seen[index - 1] != one]
-
-
 @pytest.fixture
 async def house(tmp_path: Path, model: bytes) -> AsyncIterator[House]:
     house = House(tmp_path / "home")
@@ -94,24 +48,6 @@ async def house(tmp_path: Path, model: bytes) -> AsyncIterator[House]:
     yield house
     for downloads in house.opened:
         await downloads.close()
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not is_so():
-            await asyncio.sleep(0.001)
-
-
-async def ended(downloads: Downloads, file_path: str = PATH, repo: str = REPO) -> DownloadItem:
-    """The item once it does not move by itself."""
-
-    def item() -> DownloadItem:
-        found = downloads.item(repo, file_path)
-        assert found is not None
-        return found
-
-    await until(lambda: item().status not in {"queued", "downloading"})
-    return item()
 
 
 async def test_a_model_comes(house: House, model: bytes) -> None:

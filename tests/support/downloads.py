@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from wingman.errors import NotFound
+from wingman.services.downloads import Downloads, Limits
+from wingman.services.home import Home, stored_name
 from wingman.services.items import DownloadItem
 from wingman.services.remote import Body, Interrupted, RemoteFile
+from wingman.services.shelf import Shelf
+from wingman.services.transfer import Patience
 
 REPO = "o/Tiny-GGUF"
+PATH = "m.Q8_0.gguf"
 
 
-def make_remote_file(content: bytes, path: str = "m.Q8_0.gguf", repo: str = REPO) -> RemoteFile:
+def make_remote_file(content: bytes, path: str = PATH, repo: str = REPO) -> RemoteFile:
     """The facts of a file as the Hub tells them."""
     sha256 = hashlib.sha256(content).hexdigest()
     return RemoteFile(repo=repo, path=path, commit="c" * 40, size=len(content), etag=sha256, sha256=sha256)
@@ -87,6 +93,69 @@ class ScriptedHub:
             await asyncio.Event().wait()
         if stop < len(content):
             raise Interrupted("the connection to the Hub was cut")
+
+
+class House:
+    """A home folder with everything around its downloads; `open` starts a process, so to speak."""
+
+    def __init__(self, root: Path) -> None:
+        self.home = Home(root)
+        self.home.create()
+        self.hub = ScriptedHub(chunk_bytes=50_000)
+        self.store = MemoryStore()
+        self.told: list[DownloadItem] = []
+        self.used: set[tuple[str, str]] = set()
+        self.free_bytes = 10**12
+        self.opened: list[Downloads] = []
+
+    def announce(self, item: DownloadItem) -> None:
+        """What is told is stored."""
+        assert self.store.rows.get(item.key, item) == item
+        self.told.append(item)
+
+    async def open(self, **options: Any) -> Downloads:
+        options = {
+            "patience": Patience(max_tries=2, backoff_s=0.0),
+            "limits": Limits(2, 256),
+            "shelf": Shelf(self.home, free_bytes=lambda _: self.free_bytes),
+        } | options
+        downloads = Downloads(
+            self.home,
+            self.store,
+            self.hub,
+            self.announce,
+            in_use=lambda repo, path: (repo, path) in self.used,
+            **options,
+        )
+        self.opened.append(downloads)
+        await downloads.start()
+        return downloads
+
+    def path(self, file_path: str = PATH, repo: str = REPO) -> Path:
+        return self.home.models / stored_name(repo, file_path)
+
+    def statuses(self, file_path: str = PATH) -> list[str]:
+        """Of what was told, without repeats."""
+        seen = [item.status for item in self.told if item.file_path == file_path]
+        return [one for index, one in enumerate(seen) if index == 0 or seen[index - 1] != one]
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not is_so():  # noqa: ASYNC110 - executors and tasks have their say
+            await asyncio.sleep(0.001)
+
+
+async def ended(downloads: Downloads, file_path: str = PATH, repo: str = REPO) -> DownloadItem:
+    """The item once it does not move by itself."""
+
+    def item() -> DownloadItem:
+        found = downloads.item(repo, file_path)
+        assert found is not None
+        return found
+
+    await until(lambda: item().status not in {"queued", "downloading"})
+    return item()
 
 
 def names(folder: Path) -> list[str]:
