@@ -108,7 +108,9 @@ async def test_metrics_of_a_generation() -> None:
     assert timings["predicted_per_second"] == pytest.approx(100)
     assert timings["load_time"] == 250
     assert timings["total_time"] == pytest.approx((100.25 + 0.25) * 1000)
-    assert timings["sample_time"] == -1
+    assert timings["sample_time"] == pytest.approx(22)
+    assert timings["sample_per_token_ms"] == pytest.approx(2)
+    assert timings["sample_per_second"] == pytest.approx(500)
     assert (message["requests_running"], message["requests_waiting"]) == (1, 3)
     assert message["kv_cache_tokens"] == 16
     assert message["kv_cache_usage_ratio"] == 16 / 1024

@@ -55,7 +55,7 @@ class WatchedEngine:
         self.show(n_tokens=0)
 
     def show(self, n_tokens: int, *, is_busy: bool = True) -> None:
-        """The request has got that far, a token every 10 ms."""
+        """The request has got that far, a token every 10 ms, 2 of them for choosing it."""
         stats = EngineStats()
         for _ in range(n_tokens - 1):
             stats.token_gap.observe(0.01)
@@ -65,6 +65,7 @@ class WatchedEngine:
         self.snapshot = Snapshot(
             slots=(slot, SlotView(1, None, is_busy=False)),
             n_steps=self.snapshot.n_steps + 1,
+            sample_seconds_total=n_tokens * 0.002,
             first_token=stats.first_token.view(),
             token_gap=stats.token_gap.view(),
         )

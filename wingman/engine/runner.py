@@ -110,6 +110,8 @@ class Samples:
     tokens: Mapping[int, int]
     probs: Mapping[int, TokenProb] = field(default_factory=dict)
     stuck: frozenset[int] = frozenset()
+    sample_s: float = 0.0
+    """Time that choosing the tokens took."""
 
 
 class Vocabulary(Protocol):

@@ -399,6 +399,7 @@ class Scheduler:
     def apply(self, batch: Batch, samples: Samples, now: float) -> None:
         """Account for a computed batch. Chunks of jobs cancelled meanwhile are passed over."""
         self._measure(batch, now)
+        self.stats.sample_seconds += samples.sample_s
         for chunk in batch.chunks:
             sequence = self._jobs.get(chunk.job_id)
             if sequence is None:

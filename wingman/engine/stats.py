@@ -50,6 +50,7 @@ class EngineStats:
         "prompt_tokens",
         "prompt_tokens_cached",
         "queue_wait",
+        "sample_seconds",
         "token_gap",
     )
 
@@ -61,6 +62,7 @@ class EngineStats:
         self.prompt_seconds = 0.0
         self.predicted_tokens = 0
         self.predicted_seconds = 0.0
+        self.sample_seconds = 0.0
         self.n_tokens_max = 0
         self.first_token = Histogram(FIRST_TOKEN_BOUNDS_S)
         self.token_gap = Histogram(TOKEN_GAP_BOUNDS_S)

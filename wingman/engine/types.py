@@ -323,6 +323,7 @@ class Snapshot:
     prompt_seconds_total: float = 0.0
     predicted_tokens_total: int = 0
     predicted_seconds_total: float = 0.0
+    sample_seconds_total: float = 0.0
     n_tokens_max: int = 0
     first_token: HistogramView | None = None
     token_gap: HistogramView | None = None

@@ -21,6 +21,7 @@ def snapshot_of(slots: Iterable[Slot], n_waiting: int, stats: EngineStats) -> Sn
         prompt_seconds_total=stats.prompt_seconds,
         predicted_tokens_total=stats.predicted_tokens,
         predicted_seconds_total=stats.predicted_seconds,
+        sample_seconds_total=stats.sample_seconds,
         n_tokens_max=stats.n_tokens_max,
         first_token=stats.first_token.view(),
         token_gap=stats.token_gap.view(),

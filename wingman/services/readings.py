@@ -191,19 +191,20 @@ def timings_of(model: MonitoredModel, unix_s: float) -> dict[str, float]:
     """The `timings`, totals since the load: milliseconds and tokens; `timestamp` in Unix seconds.
 
     Prompts count when their request has ended, output at once. As in llama-server the first token of an
-    answer is free: rates are over the others. The engine does not time the sampling.
+    answer is free: rates are over the others.
     """
     snapshot = model.engine.snapshot
     prompt_ms = snapshot.prompt_seconds_total * 1000
     n_gaps, predicted_ms = _observed(snapshot.token_gap)
     n_predicted = _n_predicted(snapshot)
+    sample_ms = snapshot.sample_seconds_total * 1000
     return {
         "timestamp": int(unix_s),
         "load_time": model.load_s * 1000,
-        "sample_time": UNKNOWN,
+        "sample_time": sample_ms,
         "sample_count": n_predicted,
-        "sample_per_token_ms": UNKNOWN,
-        "sample_per_second": UNKNOWN,
+        "sample_per_token_ms": _ratio(sample_ms, n_predicted),
+        "sample_per_second": _ratio(n_predicted * 1000, sample_ms),
         "total_time": max(unix_s - model.loaded_at + model.load_s, 0.0) * 1000,
         "prompt_count": snapshot.prompt_tokens_total,
         "prompt_ms": prompt_ms,

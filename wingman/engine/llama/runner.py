@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 from wingman.config import ContextConfig, ModelConfig
@@ -85,9 +86,9 @@ class LlamaRunner:
             context.fork(fork)
             if fork.source in wanted:
                 wanted[fork.target] = wanted[fork.source]
-        return _samples(
-            {slot: self._samplers[slot].draw(context.handle, index) for slot, index in wanted.items()}
-        )
+        started = time.perf_counter()
+        draws = {slot: self._samplers[slot].draw(context.handle, index) for slot, index in wanted.items()}
+        return _samples(draws, time.perf_counter() - started)
 
     def _generating(self) -> LlamaContext:
         if self._context is None:
@@ -188,9 +189,10 @@ class LlamaRunner:
         )
 
 
-def _samples(draws: dict[int, Draw]) -> Samples:
+def _samples(draws: dict[int, Draw], sample_s: float) -> Samples:
     return Samples(
         tokens={slot: draw.token for slot, draw in draws.items()},
         probs={slot: draw.prob for slot, draw in draws.items() if draw.prob is not None},
         stuck=frozenset(slot for slot, draw in draws.items() if draw.token < 0),
+        sample_s=sample_s,
     )
