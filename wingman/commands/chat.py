@@ -28,15 +28,15 @@ ctrl-C  stop the answer"""
 
 def run_command(session: Session) -> int:
     """`wingman run`."""
+    prompt = _one_prompt(session.arguments.prompt)
+    if prompt is not None and not prompt.strip():
+        raise CommandFailed("the prompt is empty")
     api = session.api()
     alias = _loaded_alias(session, api)
     talk = Talk(api, session.output, alias, session.arguments.system)
-    prompt = _one_prompt(session.arguments.prompt)
     if prompt is None:
         _converse(talk, session.output)
         return 0
-    if not prompt.strip():
-        raise CommandFailed("the prompt is empty")
     return _INTERRUPTED if talk.say(prompt).is_stopped else 0
 
 
