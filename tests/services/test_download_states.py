@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import tempfile
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ class DownloadStates(RuleBasedStateMachine):
         self.house = House(Path(self.folder.name))
         self.house.hub.files = {(REPO, path): content for path, content in CONTENTS.items()}
         self.house.hub.files[REPO, BAD] = b"no model"
+        self.errors = _Errors(logging.ERROR)
+        logging.getLogger("wingman.downloads").addHandler(self.errors)
         self.told = 0
         self.last: dict[str, str] = {}
         self.downloads = self.run(self.open())
@@ -92,6 +95,23 @@ class DownloadStates(RuleBasedStateMachine):
         self.run(self.attempt(self.downloads.reset(REPO, path), n_turns))
         if had is not None:
             assert (self.downloads.item(REPO, path) is not None) == is_loaded
+
+    @rule(
+        wishes=st.lists(
+            st.tuples(st.sampled_from(["enqueue", "cancel", "reset", "adopt"]), models), max_size=6
+        )
+    )
+    def at_once(self, wishes: list[tuple[str, str]]) -> None:
+        """Requests that meet."""
+        self.house.used = set()
+        self.run(self.all_of(wishes))
+
+    async def all_of(self, wishes: list[tuple[str, str]]) -> None:
+        calls = [
+            self.downloads.adopt() if verb == "adopt" else getattr(self.downloads, verb)(REPO, path)
+            for verb, path in wishes
+        ]
+        await asyncio.gather(*(self.attempt(call, 0) for call in calls))
 
     @rule(events=st.lists(st.sampled_from(["cut", "refuse", "damage", "hang", ""]), max_size=4))
     def fate(self, events: list[str]) -> None:
@@ -168,6 +188,10 @@ class DownloadStates(RuleBasedStateMachine):
         assert BAD not in {path for (_, path), item in rows.items() if item.status == "complete"}
 
     @invariant()
+    def nothing_failed_unexpectedly(self) -> None:
+        assert self.errors.records == []
+
+    @invariant()
     def no_more_than_two_at_once(self) -> None:
         assert self.house.hub.most_open <= 2
 
@@ -175,7 +199,19 @@ class DownloadStates(RuleBasedStateMachine):
         self.run(self.finish())
         self.run(self.downloads.close())
         self.runner.close()
+        logging.getLogger("wingman.downloads").removeHandler(self.errors)
         self.folder.cleanup()
+
+
+class _Errors(logging.Handler):
+    """Keeps what is logged as an error."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.records: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(self.format(record))
 
 
 async def _blink(_: float) -> None:

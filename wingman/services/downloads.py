@@ -270,7 +270,9 @@ class Downloads:
         if self._running and self._reporter is None:
             self._reporter = asyncio.create_task(self._report())
 
-    def _ended(self, key: Key, _: asyncio.Task[None]) -> None:
+    def _ended(self, key: Key, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the task of a download died", exc_info=error)
         del self._running[key]
         self._pump()
 
