@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.support.downloads import PATH, REPO, House, ended, names, until
+from tests.support.downloads import PATH, REPO, FullDisk, House, ended, names, open_full, until
 from tools.tinymodel import write_llama
 from wingman.errors import (
     Conflict,
@@ -255,6 +255,26 @@ async def test_a_caller_that_goes_away_changes_nothing(house: House) -> None:
     await asyncio.gather(caller, return_exceptions=True)
     assert (await ended(downloads)).status == "cancelled"
     await until(lambda: names(house.home.models) == [])
+
+
+async def test_an_error_in_the_way_of_a_cancellation(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wingman.services.downloads._CANCEL_AGAIN_S", 0.01)
+    monkeypatch.setattr(FullDisk, "room", 0)
+    house.hub.script = ["hang"]
+    downloads = await house.open(open_file=open_full)
+    await downloads.enqueue(REPO, PATH)
+    await until(lambda: bool(house.hub.open_now))
+    assert (await downloads.cancel(REPO, PATH)).status == "cancelled"
+    assert house.hub.open_now == []
+
+
+async def test_a_full_disk_is_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FullDisk, "room", 100_000)
+    downloads = await house.open(open_file=open_full)
+    await downloads.enqueue(REPO, PATH)
+    item = await ended(downloads)
+    assert (item.status, item.downloaded_bytes) == ("error", 0)
+    assert "disk is full" in item.error
 
 
 # -- what goes wrong -------------------------------------------------------------------------------

@@ -187,6 +187,13 @@ async def test_offline_mode_is_named(remote: Remote, monkeypatch: pytest.MonkeyP
         await remote.locate(REPO, PATH)
 
 
+async def test_offline_asks_nothing(hub: HubServer) -> None:
+    remote = Remote(hub.url, "t", is_offline=True)
+    with pytest.raises(UpstreamFailure, match="--offline"):
+        await remote.locate(REPO, PATH)
+    assert hub.requests == []
+
+
 async def test_a_token_that_no_header_can_hold(hub: HubServer) -> None:
     remote = Remote(hub.url, "a\nb")
     with pytest.raises(UpstreamFailure, match="token"):

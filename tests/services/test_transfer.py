@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.downloads import ScriptedHub, make_remote_file, names
+from tests.support.downloads import FullDisk, ScriptedHub, make_remote_file, names, open_full
 from tests.support.hub import HubServer
 from wingman.errors import InsufficientRoom, WingmanError
 from wingman.services import partial
@@ -137,6 +136,16 @@ async def test_a_cut_costs_no_byte(hub: HubServer, executor: ThreadPoolExecutor,
     assert pauses.slept == [1.0, 1.0, 1.0]  # each got further, so the patience was whole again
 
 
+async def test_a_refused_range_starts_over(
+    hub: HubServer, executor: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    hub.misbehave(REPO, PATH, cut_after=1_000_000, times=1)
+    hub.misbehave(REPO, PATH, status=416, where="cdn", times=1)
+    await fetch_all(hub, executor, tmp_path / "x.gguf")
+    assert partial_path(tmp_path / "x.gguf").read_bytes() == CONTENT
+    assert [one.status for one in hub.file_requests(PATH) if one.listener == "cdn"] == [200, 416, 200]
+
+
 async def test_pauses_grow_and_retry_after_is_kept(
     hub: HubServer, executor: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
@@ -232,24 +241,6 @@ async def test_git_ids_are_checked_where_there_is_no_sha256(
     hub = ScriptedHub({(file.repo, file.path): CONTENT}, script=["damage"], chunk_bytes=100_000)
     await Transfers(hub, executor).fetch(file, tmp_path / "x.gguf", Progress())
     assert [start for _, start, _ in hub.opened] == [0, 0]
-
-
-class FullDisk(io.FileIO):
-    """Takes so many bytes, then none, as write(2) does."""
-
-    room = 1_500_000
-    error = errno.ENOSPC
-
-    def write(self, data: Any, /) -> int:
-        size = min(len(data), self.room - self.tell())
-        if size <= 0:
-            raise OSError(self.error, os.strerror(self.error))
-        return super().write(data[:size])
-
-
-def open_full(path: Path) -> Any:
-    path.touch()
-    return FullDisk(path, "r+")
 
 
 async def test_a_full_disk_keeps_what_came(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import io
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -67,6 +70,9 @@ class ScriptedHub:
         if (repo, path) not in self.files:
             raise NotFound(f"{repo} has no file {path} at {revision}")
         return make_remote_file(self.files[repo, path], path, repo)
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(0)
 
     @asynccontextmanager
     async def open(self, file: RemoteFile, start: int = 0, etag: str = "") -> AsyncIterator[Body]:
@@ -156,6 +162,25 @@ async def ended(downloads: Downloads, file_path: str = PATH, repo: str = REPO) -
 
     await until(lambda: item().status not in {"queued", "downloading"})
     return item()
+
+
+class FullDisk(io.FileIO):
+    """Takes `room` bytes, then none, as write(2) does."""
+
+    room = 1_500_000
+    error = errno.ENOSPC
+
+    def write(self, data: Any, /) -> int:
+        size = min(len(data), self.room - self.tell())
+        if size <= 0:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().write(data[:size])
+
+
+def open_full(path: Path) -> Any:
+    """Opens a partial on a disk that fills up."""
+    path.touch()
+    return FullDisk(path, "r+")
 
 
 def names(folder: Path) -> list[str]:

@@ -74,7 +74,10 @@ class _Running:
 
 
 class Downloads:
-    """All downloads of a home folder. `announce` is called on the loop and must neither block nor raise."""
+    """All downloads of a home folder; owns `remote`.
+
+    `announce` is called on the loop and must neither block nor raise.
+    """
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class Downloads:
         open_file: OpenFile = open_unbuffered,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._remote = remote
         self._limits = limits
         self._in_use = in_use
         self._sleep = sleep
@@ -155,6 +159,7 @@ class Downloads:
             tasks += [self._reporter] if self._reporter is not None else []
             await _end(tasks)
         await self._ledger.settle()
+        await self._remote.aclose()
         self._executor.shutdown()
 
     # -- requests -------------------------------------------------------------------------------

@@ -46,6 +46,9 @@ class Remote(Source, Protocol):
     async def locate(self, repo: str, path: str, revision: str = "main") -> RemoteFile:
         """See `Remote.locate`."""
 
+    async def aclose(self) -> None:
+        """Close the connections."""
+
 
 @dataclass(slots=True)
 class Extent:
