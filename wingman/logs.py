@@ -81,6 +81,7 @@ def configure_logging(level: str, form: str, file: Path | None = None, n_bytes: 
     root.setLevel(level.upper())
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # a full disk must not bury standard error under tracebacks
     listener = QueueListener(records, *writers)
     listener.start()
     return listener

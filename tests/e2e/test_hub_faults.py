@@ -1,4 +1,5 @@
-"""A real daemon against a Hub that misbehaves: the right end, nothing corrupt to be seen, words for people.
+"""A real daemon against a Hub or a disk that misbehaves: the right end, nothing corrupt to be seen, words for
+people.
 
 All faults go on at once, each with a repository of its own, so that the pauses between tries pass only once.
 """
@@ -360,3 +361,22 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, model: bytes) -> None:
         daemon.restart()
         assert daemon.fetch(repo, path)["status"] == "complete"
         assert final.read_bytes() == model
+
+
+def test_a_database_that_takes_no_more_stops_no_model(tmp_path: Path, model: bytes) -> None:
+    repo, path = "o/Tiny-GGUF", "m.gguf"
+    with HubServer() as hub, Daemon(tmp_path, hub=hub.url) as daemon:
+        hub.add_repo(repo, {path: model})
+        daemon.fetch(repo, path)
+        daemon.prefix = with_files_up_to(33_000)  # SQLite can open, and store a few changes
+        daemon.restart()
+        for _ in range(4):
+            assert daemon.start_model("tiny", repo, path)["status"] == "inferring"
+            assert daemon.chat("tiny").status_code == 200
+            assert daemon.ask("/api/inference/stop", alias="tiny")["status"] == "complete"
+        assert daemon.stop() == 0
+        assert "the database failed" in daemon.log
+        assert "Traceback" not in daemon.log
+        daemon.prefix = ()
+        daemon.start()
+        assert daemon.start_model("tiny", repo, path)["status"] == "inferring"

@@ -143,7 +143,10 @@ class Inference:
         """Keep what is running, for `restore`: the server is about to stop."""
         active = [item.alias for item in self._items.values() if _is_active(item)]
         stored = sorted(set(active) - self._volatile)
-        await self._store.put_setting(*_RUNNING, orjson.dumps(stored).decode())
+        try:
+            await self._store.put_setting(*_RUNNING, orjson.dumps(stored).decode())
+        except WingmanError as error:  # no reason not to stop properly
+            log.error("what runs could not be stored for --restore: %s", error.message)
 
     def note_address(self, host: str, port: int) -> None:
         """Take the address of the shared listener; items without one of their own show it."""
@@ -416,9 +419,16 @@ class Inference:
         before = self._items.get(alias)
         if before != note.item:
             if alias not in self._volatile:
-                await self._store.put_item(note.item)
+                await self._keep(note.item)
             self._items[alias] = note.item
         self._announce(note.item, note.progress)
+
+    async def _keep(self, item: WingmanItem) -> None:
+        """Store an item. A model can run although the disk is full: then it is in memory only."""
+        try:
+            await self._store.put_item(item)
+        except WingmanError as error:
+            log.error("the state of %s could not be stored: %s", item.alias, error.message)
 
     # -- listeners ------------------------------------------------------------------------------------
 

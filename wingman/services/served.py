@@ -178,6 +178,6 @@ def _compile(source: str, config: ModelConfig) -> Template:
         return FamilyTemplate(source, apply_family)
     if "{" not in source:
         raise ConfigurationError(
-            f"no chat template is called {source!r}; there are {', '.join(family_names())}"
+            f"no chat template is called {source[:80]!r}; there are {', '.join(family_names())}"
         )
     return ChatTemplate(source)
