@@ -101,6 +101,9 @@ class Residency:
         self._make_runner = make_runner
         self._homes: dict[str, _Home] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        """Loads and unloads: they end."""
+        self._watchers: set[asyncio.Task[None]] = set()
+        """One of each engine: it ends with it, never if that hangs."""
         self._timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self.is_hung = False
@@ -277,12 +280,13 @@ class Residency:
                     f"{name} needs about {need / 1e9:.1f} GB of memory and {capacity / 1e9:.1f} GB can be "
                     "had; start it with force=true to try nevertheless"
                 )
-                self._fail(name, InsufficientRoom(message), is_wanted=False)
+                self._fail(name, InsufficientRoom(message))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None], among: set[asyncio.Task[None]] | None = None) -> None:
+        tasks = self._tasks if among is None else among
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     async def _load(self, name: str) -> None:
         home = self._homes[name]
@@ -294,30 +298,37 @@ class Residency:
             self._make_runner,
             deployment.n_layers,
         )
+        if self._roster.state(name) is State.ABANDONED:  # stopped before this began
+            home.loader.abandon()
         try:
             served = await home.loader.load()
         except WingmanError as error:
-            self._fail(name, error, is_wanted=self._roster.failed(name))
-            self._drive()
+            self._end_load(name, error)
             return
         except Exception:
             log.exception("loading %s failed", name)
-            self._fail(
-                name,
-                ModelLoadFailure("the model could not be loaded; see the log"),
-                is_wanted=self._roster.failed(name),
-            )
-            self._drive()
+            self._end_load(name, ModelLoadFailure("the model could not be loaded; see the log"))
             return
         finally:
             home.loader = None
+        home.error, home.is_failed = None, False
         home.served = served
         if self._roster.loaded(name, time.monotonic()):
-            self._start(self._watch(name, served))
+            self._start(self._watch(name, served), self._watchers)
             self._tell(name)
             self._wake(home, name)
         else:
             await self._unload(name)
+        self._drive()
+
+    def _end_load(self, name: str, error: WingmanError) -> None:
+        """A load failed, or has ended because it was to end."""
+        was_stopped = self._roster.state(name) is State.ABANDONED
+        is_wanted = self._roster.failed(name)
+        if was_stopped:
+            self._note_gone(name, is_wanted=is_wanted)
+        else:
+            self._fail(name, error)
         self._drive()
 
     def _wake(self, home: _Home, name: str) -> None:
@@ -334,11 +345,8 @@ class Residency:
             else:
                 waiter.ready.set_result(lease)
 
-    def _fail(self, name: str, error: WingmanError, *, is_wanted: bool) -> None:
+    def _fail(self, name: str, error: WingmanError) -> None:
         home = self._homes[name]
-        if is_wanted:  # the load was given up, and then somebody came who wants it
-            self._tell(name)
-            return
         home.error = error
         log.error("%s: %s", name, error)
         self._refuse_waiters(home, error)
@@ -360,8 +368,7 @@ class Residency:
         home.is_failed, home.error = True, error
         if self._roster.stop(name):
             self._refuse_waiters(home, error)
-            await self._unload(name)
-            self._drive()
+            self._start(self._unload(name))
 
     async def _unload(self, name: str) -> None:
         """Free a model that is UNLOADING."""
@@ -373,11 +380,19 @@ class Residency:
         if not await served.engine.close():
             self.is_hung = True
         home.served = None
-        if self._roster.unloaded(name):
+        error = home.error.message if home.is_failed and home.error else ""
+        self._note_gone(name, error, is_wanted=self._roster.unloaded(name))
+        self._drive()
+
+    def _note_gone(self, name: str, error: str = "", *, is_wanted: bool) -> None:
+        """A model has left memory: whoever waited for that goes on, even if it is wanted again already."""
+        if is_wanted:
+            gone = self._homes[name].gone
+            gone.set()
+            gone.clear()
             self._tell(name)
         else:
-            self._note_absent(name, home.error.message if home.is_failed and home.error else "")
-        self._drive()
+            self._note_absent(name, error)
 
     def _note_absent(self, name: str, error: str = "") -> None:
         home = self._homes[name]
@@ -398,6 +413,8 @@ class Residency:
         await asyncio.gather(*(self.stop(name) for name in names))
         while self._tasks:
             await asyncio.wait(self._tasks)
+        for watcher in self._watchers:
+            watcher.cancel()
         if self._timer is not None:
             self._timer.cancel()
         return not self.is_hung
