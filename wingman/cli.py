@@ -139,14 +139,20 @@ def _loop_factory() -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that names the nearest flag when one is unknown."""
+    """argparse that names the nearest flag of the same command when one is unknown."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is unknown here, where the flags that there are are known."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(word for word in unknown if word != '--')}")
+        return parsed, unknown
 
     def error(self, message: str) -> Any:
         """End with status 2 and a message."""
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized arguments: ") and unknown.startswith("-"):
-            known = [flag for record in _options() for flag in option_of(record).flags]
-            nearest = difflib.get_close_matches(unknown.split("=")[0], known, 1)
+            nearest = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
             message = f"{unknown} is unknown" + (f"; did you mean {nearest[0]}?" if nearest else "")
         self.exit(2, f"wingman: {message}\n")
 
@@ -224,10 +230,6 @@ def _help(record: dataclasses.Field[Any], option: Option) -> str:
 
 def _env_names(name: str, option: Option) -> tuple[str, ...]:
     return (f"WINGMAN_{name.upper()}", *option.env)
-
-
-def _options() -> list[dataclasses.Field[Any]]:
-    return [record for group in GROUPS.values() for record in dataclasses.fields(group)]
 
 
 def _dashed(argument: str) -> str:
