@@ -109,6 +109,13 @@ def test_a_browser_lets_it_call_the_other_listener(daemon: Daemon) -> None:
         assert httpx.get(other + "/live", headers=headers).headers["access-control-allow-origin"] == own
 
 
+def test_further_origins_do_not_shut_it_out(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "home", "--cors-origins", "https://a.example") as daemon:
+        for origin in (daemon.url, "https://a.example"):
+            answer = httpx.get(daemon.control + "/api/inference", headers={"origin": origin})
+            assert answer.headers["access-control-allow-origin"] == origin
+
+
 def test_what_it_reads_is_sent(daemon: Daemon) -> None:
     seen = {}
     with daemon.events("ws", origin=daemon.url) as socket:

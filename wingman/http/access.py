@@ -175,8 +175,6 @@ class Cors:
         return tuple(fields)
 
     def _allows(self, origin: str) -> bool:
-        if self.origins == "*":
-            return True
-        if self.origins == "localhost":
-            return _LOCAL_ORIGIN.match(origin) is not None
-        return origin in (item.strip() for item in self.origins.split(","))
+        names = [item.strip() for item in self.origins.split(",")]
+        is_local = "localhost" in names and _LOCAL_ORIGIN.match(origin) is not None
+        return self.origins == "*" or is_local or origin in names
