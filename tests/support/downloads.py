@@ -120,7 +120,7 @@ class House:
         self.told.append(item)
 
     async def open(self, **options: Any) -> Downloads:
-        options = {
+        settings: dict[str, Any] = {
             "patience": Patience(max_tries=2, backoff_s=0.0),
             "limits": Limits(2, 256),
             "shelf": Shelf(self.home, free_bytes=lambda _: self.free_bytes),
@@ -131,7 +131,7 @@ class House:
             self.hub,
             self.announce,
             in_use=lambda repo, path: (repo, path) in self.used,
-            **options,
+            **settings,
         )
         self.opened.append(downloads)
         await downloads.start()
