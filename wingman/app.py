@@ -20,7 +20,7 @@ import orjson
 
 from protocol import Limits, is_upgrade
 from wingman.api import models, ops, replies, slots
-from wingman.api.control import CONTROL_ROUTES, LOG_PATH, ControlPlane, WingmanLogItem, write_log
+from wingman.api.control import CONTROL_ROUTES, LOG_PATH, READ_ONLY, ControlPlane, WingmanLogItem, write_log
 from wingman.api.control import Status as ControlStatus
 from wingman.api.errors import error_response, protocol_error_response
 from wingman.api.forms import is_form, read_form
@@ -298,6 +298,8 @@ class App:
         path = request.path
         if path.lower().startswith(_CONTROL):  # the original's paths: any case, slashes at the end
             path = path.lower().rstrip("/")
+            if request.method == "HEAD" and path not in READ_ONLY:  # HEAD is safe (RFC 9110, 9.2.1)
+                raise NotFound("File Not Found")
         match = self._router.match(request.method, path)
         if match is None:
             raise NotFound("File Not Found")

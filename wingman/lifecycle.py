@@ -129,8 +129,6 @@ class Wingman(Embedded):
             served = await self._serve_starter()
         if self._config.control.restore:
             await self.inference.restore()
-        gc.collect()
-        gc.freeze()  # modules and vocabulary stay: looking through them again takes tens of milliseconds
         if self._services is not None:
             self._services.monitor.note_phase("ready")
         return served
@@ -402,6 +400,8 @@ async def serve(config: Config, start: Start | None = None) -> int:
             served = starting.result()
             if start is not None:
                 await wingman.inference.start(start)
+            gc.collect()
+            gc.freeze()  # modules and vocabulary stay: looking through them again takes tens of milliseconds
             print(banner(wingman, served), file=sys.stderr, flush=True)
             await stopping
         else:

@@ -139,3 +139,14 @@ CONTROL_ROUTES: Final[tuple[tuple[tuple[str, ...], ControlEndpoint, tuple[str, .
 )  # fmt: skip
 """Every route that takes GET and POST alike; POST /api/utils/log is the one besides."""
 LOG_PATH: Final = "/api/utils/log"
+READ_ONLY: Final = frozenset(
+    {
+        "/api/models",
+        "/api/downloads",
+        "/api/inference",
+        "/api/inference/status",
+        "/api/hardware",
+        "/api/hardwareinfo",
+    }
+)
+"""Paths that change nothing."""

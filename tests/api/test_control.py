@@ -1,0 +1,65 @@
+"""The control API through a whole Wingman without listeners: what is in no resource's own tests."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import orjson
+import pytest
+
+from wingman import Wingman, configure
+from wingman.http.messages import Response
+
+
+def quiet(home: Path) -> Wingman:
+    return Wingman(configure(home=str(home), offline=True), listen=False)
+
+
+async def answer(wingman: Wingman, method: str, target: str, body: object = None) -> tuple[int, object]:
+    found = await wingman.dispatch(method, target, b"" if body is None else orjson.dumps(body))
+    assert isinstance(found, Response)
+    return found.status, orjson.loads(found.body)
+
+
+async def test_head_changes_nothing(tmp_path: Path) -> None:
+    async with quiet(tmp_path) as wingman:
+        for path in ("shutdown", "downloads/enqueue", "inference/stop?alias=x", "INFERENCE/RESET/?alias=x"):
+            assert (await answer(wingman, "HEAD", f"/api/{path}"))[0] == 404
+        assert not wingman.is_stopping
+        assert (await answer(wingman, "HEAD", "/api/Downloads/"))[0] == 200
+
+
+async def test_post_takes_its_parameters_from_the_body(tmp_path: Path) -> None:
+    async with quiet(tmp_path) as wingman:
+        status, body = await answer(wingman, "POST", "/api/inference/stop", {"alias": "x"})
+        assert (status, body) == (
+            404,
+            {"error": {"code": 404, "message": "no model was started as 'x'", "type": "not_found_error"}},
+        )
+        status, body = await answer(wingman, "POST", "/api/inference/stop", {"alias": ["x"]})
+        assert status == 400
+        assert (await answer(wingman, "POST", "/api/inference/stop", {}))[0] == 422
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [("debug", 10), ("info", 20), ("WARN", 30), ("error", 40), ("loud", 20), (7, 20), (None, 20)],
+)
+async def test_a_log_line_of_a_client(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, level: object, shown: int
+) -> None:
+    caplog.set_level(logging.DEBUG, "wingman.client")
+    async with quiet(tmp_path) as wingman:
+        item = {"isa": "WingmanLogItem", "level": level, "message": "x" * 10_000, "timestamp": 1}
+        assert (await answer(wingman, "POST", "/api/utils/log", item))[0] == 200
+        assert (await answer(wingman, "POST", "/api/utils/log", {"level": "info"}))[0] == 400
+    (record,) = (record for record in caplog.records if record.name == "wingman.client")
+    assert record.levelno == shown
+    assert record.getMessage() == "x" * 8192
+
+
+async def test_shutdown_answers_first(tmp_path: Path) -> None:
+    async with quiet(tmp_path) as wingman:
+        assert await answer(wingman, "GET", "/api/shutdown") == (200, {"status": "shutting down"})
+        assert wingman.is_stopping
