@@ -408,10 +408,10 @@ async def serve(config: Config, start: Start | None = None) -> int:
             log.info("stopped while starting")
         return 1 if wingman.has_failed else 0
     finally:
-        stopping.cancel()
-        is_free = await wingman.close()
-        starting.cancel()
+        for task in (stopping, starting):
+            task.cancel()
         await asyncio.wait((stopping, starting))
+        is_free = await wingman.close()
         with contextlib.suppress(asyncio.CancelledError, WingmanError):
             starting.result()
         if not is_free:
