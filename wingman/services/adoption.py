@@ -18,7 +18,7 @@ from wingman.services.gguf import GgufHeader
 from wingman.services.gguffile import BadGguf
 from wingman.services.items import DownloadItem
 from wingman.services.ledger import Key, Ledger
-from wingman.services.quantization import quantization
+from wingman.services.quantization import quantization_of
 from wingman.services.shelf import Shelf, Shelved
 
 log = logging.getLogger("wingman.downloads")
@@ -78,7 +78,7 @@ class Adoption:
     def _adopted(self, key: Key, shelved: Shelved, header: GgufHeader) -> DownloadItem:
         now_s = int(time.time())
         item = self._ledger.get(key) or DownloadItem(model_repo=key[0], file_path=key[1], created=now_s)
-        metadata = text_of(described(Metadata(quantization=quantization(key[1])), header))
+        metadata = text_of(described(Metadata(quantization=quantization_of(key[1])), header))
         item = advance(item, DownloadMove.ADOPT, total_bytes=shelved.n_bytes, metadata=metadata)
         return at_bytes(item, shelved.n_bytes, "")
 

@@ -17,7 +17,7 @@ from wingman.errors import Conflict, InvalidRequest
 from wingman.services.gguf import GgufHeader
 from wingman.services.home import check_file_path, check_repo, split_parts, stored_name
 from wingman.services.items import DownloadItem, DownloadStatus
-from wingman.services.quantization import quantization
+from wingman.services.quantization import quantization_of
 from wingman.services.remote import RemoteFile
 
 _SCHEME: Final = "hf://"
@@ -100,7 +100,7 @@ def located(files: tuple[RemoteFile, ...], revision: str) -> Metadata:
         sha256=first.sha256,
         commit=first.commit,
         revision=revision,
-        quantization=quantization(first.path),
+        quantization=quantization_of(first.path),
         files=files,
     )
 
