@@ -6,7 +6,7 @@ it in the engine's executor, as a schema of the largest size takes some tenths o
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from wingman.chat.grammar import check_grammar
 from wingman.chat.schema import Conversion, convert
@@ -42,7 +42,3 @@ def _converted(schema: Any) -> Conversion:
         rules = {**conversion.rules, "root": " | ".join(choices)}
         check_grammar(Conversion(rules, frozenset()).text(), "json_schema")
     return conversion
-
-
-ANY_OBJECT: Final = schema_grammar({"type": "object"})
-"""What `{"type": "json_object"}` without a schema means."""
