@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from wingman.errors import MissingParameter
+from wingman.api.queries import parameters, required
 from wingman.http.messages import Request, Response
 from wingman.services.downloads import Downloads
 from wingman.services.items import DownloadItem
@@ -40,14 +40,8 @@ async def reset_download(downloads: Downloads, request: Request) -> Response:
 
 def _key(request: Request) -> tuple[str, str]:
     """Raises MissingParameter."""
-    return _required(request, "modelRepo"), _required(request, "filePath")
-
-
-def _required(request: Request, name: str) -> str:
-    value = request.target.first(name)
-    if not value:
-        raise MissingParameter(name)
-    return value
+    given = parameters(request)
+    return required(given, "modelRepo"), required(given, "filePath")
 
 
 def _answer(status: int, item: DownloadItem) -> Response:

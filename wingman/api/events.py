@@ -18,12 +18,12 @@ from protocol import CloseCode, offered_subprotocols, text_frame
 from wingman.api.errors import error_body
 from wingman.api.schema import parse_json
 from wingman.errors import Forbidden, InvalidRequest, Unavailable, WingmanError
+from wingman.http.access import KEY_PROTOCOL
 from wingman.http.messages import Request, Socket, Upgrade
 from wingman.services.broadcast import Broadcast, Filter, Subscriber, check_event_name
 from wingman.services.monitor import Monitor
 
 SUBPROTOCOL: Final = "wingman"
-KEY_PREFIX: Final = "wingman.key."
 MAX_EVENTS: Final = 64
 MAX_ALIAS: Final = 256
 BYTES_A_TOKEN: Final = 4096
@@ -209,5 +209,5 @@ def choose_subprotocol(offered: tuple[str, ...]) -> str | None:
     key is sent back when it is all that was offered; never beside another."""
     if SUBPROTOCOL in offered:
         return SUBPROTOCOL
-    is_key_alone = len(offered) == 1 and offered[0].startswith(KEY_PREFIX)
+    is_key_alone = len(offered) == 1 and offered[0].startswith(KEY_PROTOCOL)
     return offered[0] if is_key_alone else None

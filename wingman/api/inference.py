@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from wingman.api.queries import flag, integer, required
+from wingman.api.queries import flag, integer, parameters, required
 from wingman.errors import InvalidRequest
 from wingman.http.messages import Request, Response
 from wingman.services.deployments import Start
@@ -39,19 +39,19 @@ def _matching(inference: Inference, request: Request) -> list[WingmanItem]:
 
 async def start(inference: Inference, request: Request) -> Response:
     """Load a model under an alias: 202 with its item, 208 when that alias is active already."""
-    item, is_new = await inference.start(read_start(dict(reversed(request.target.query))))
+    item, is_new = await inference.start(read_start(parameters(request)))
     return Response(202 if is_new else 208, msgspec.json.encode(item))
 
 
 async def stop(inference: Inference, request: Request) -> Response:
     """Stop a model; answers once it is gone."""
-    alias = required(dict(request.target.query), "alias")
+    alias = required(parameters(request), "alias")
     return Response(200, msgspec.json.encode(await inference.stop(alias)))
 
 
 async def reset(inference: Inference, request: Request) -> Response:
     """Stop a model and remove its item."""
-    alias = required(dict(request.target.query), "alias")
+    alias = required(parameters(request), "alias")
     return Response(200, msgspec.json.encode(await inference.reset(alias)))
 
 

@@ -31,8 +31,13 @@ def _text(value: str | float | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def parameters(request: Request) -> Mapping[str, str]:
+    """All parameters; of one that is given again the first counts, so the query before what was posted."""
+    return dict(reversed(request.target.query))
+
+
 def required(query: Mapping[str, str], name: str) -> str:
-    """A parameter that has to be there; raises MissingParameter."""
+    """A parameter that has to be there, and not empty; raises MissingParameter."""
     value = query.get(name)
     if not value:
         raise MissingParameter(name)
