@@ -339,6 +339,24 @@ async def test_a_set_appears_together_or_not_at_all(house: House, parts: dict[st
     assert names(house.home.models) == []
 
 
+async def test_cancelling_makes_room_on_a_full_disk(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.hub.script = ["hang"]
+    downloads = await house.open()
+    await downloads.enqueue(REPO, PATH)
+    await until(lambda: bool(house.hub.opened))
+    put = house.store.put_download
+
+    async def put_where_there_is_room(item: DownloadItem) -> None:
+        if names(house.home.models):
+            raise InsufficientRoom("the disk is full")
+        await put(item)
+
+    monkeypatch.setattr(house.store, "put_download", put_where_there_is_room)
+    assert (await downloads.cancel(REPO, PATH)).status == "cancelled"
+    assert house.store.rows[REPO, PATH].status == "cancelled"
+    assert names(house.home.models) == []
+
+
 async def test_a_store_that_fails_does_not_hide_the_end(house: House) -> None:
     house.hub.script = ["hang"]
     downloads = await house.open()

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from wingman.errors import Conflict, InvalidRequest, NotFound, Overloaded, Unavailable, UpstreamFailure
+from wingman.errors import (
+    Conflict,
+    InsufficientRoom,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    UpstreamFailure,
+)
 from wingman.services.adoption import Adoption
 from wingman.services.downloadstates import (
     DownloadMove,
@@ -237,7 +245,7 @@ class Downloads:
                 raise Conflict("the download is complete; reset deletes it")
             await self._stop(key)
             if item.status != "cancelled":
-                item = await self._ledger.put(at_bytes(advance(item, DownloadMove.CANCEL), 0, ""))
+                item = await self._give_up(item)
             await self._delete(discard, key)
         self._pump()
         return item
@@ -249,11 +257,20 @@ class Downloads:
                 raise Conflict("the model is loaded; stop it first")
             await self._stop(key)
             if item.status in ACTIVE_DOWNLOADS:  # true even if it ends here
-                await self._ledger.put(at_bytes(advance(item, DownloadMove.CANCEL), 0, ""))
+                await self._give_up(item)
             await self._delete(delete, key)
             await self._ledger.delete(key)
         self._pump()
         return item
+
+    async def _give_up(self, item: DownloadItem) -> DownloadItem:
+        """Make it cancelled; where the disk is too full to store that, what came of it goes first."""
+        cancelled = at_bytes(advance(item, DownloadMove.CANCEL), 0, "")
+        try:
+            return await self._ledger.put(cancelled)
+        except InsufficientRoom:
+            await self._delete(discard, item.key)
+            return await self._ledger.put(cancelled)
 
     async def _delete(self, how: Callable[[tuple[Path, ...]], None], key: Key) -> None:
         try:
