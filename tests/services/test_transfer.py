@@ -351,4 +351,4 @@ def test_speed_is_that_of_the_last_seconds() -> None:
     assert speed.update(1000, 1.0) == 1000.0
     assert [speed.update(1000, cast(float, second)) for second in (2.0, 3.0, 4.0, 5.0)][-1] == 0.0
     assert speed_text(12_345_678) == "12.3 MB/s"
-    assert (size_text(4_100_000_000), size_text(1_500_000)) == ("4.10 GB", "1.5 MB")
+    assert (size_text(4_100_000_000), size_text(1_500_000)) == ("4.1 GB", "1.5 MB")

@@ -12,7 +12,8 @@ from typing import Any, Final, Self
 
 import orjson
 
-_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+from wingman.services import pace
+
 _BAR: Final = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 """tqdm's own but for the rate: the server tells it."""
 
@@ -28,14 +29,8 @@ def speakable(text: str) -> str:
 
 
 def size_text(n_bytes: float) -> str:
-    """Bytes for people, in powers of 1000; nothing for 0, which means unknown."""
-    if n_bytes <= 0:
-        return ""
-    for unit in _UNITS:
-        if n_bytes < 1000 or unit == _UNITS[-1]:
-            break
-        n_bytes /= 1000
-    return f"{n_bytes:.0f} {unit}" if unit in ("B", "kB") else f"{n_bytes:.1f} {unit}"
+    """Bytes for people; nothing for 0, which means unknown."""
+    return pace.size_text(n_bytes) if n_bytes > 0 else ""
 
 
 class Output:

@@ -6,6 +6,7 @@ from collections import deque
 from typing import Final
 
 _WINDOW_S: Final = 3.0
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 
 class RateLimit:
@@ -44,6 +45,10 @@ def speed_text(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e6:.1f} MB/s"
 
 
-def size_text(n_bytes: int) -> str:
-    """For people, in decimal units."""
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+def size_text(n_bytes: float) -> str:
+    """For people, in powers of 1000."""
+    for unit in _UNITS:
+        if n_bytes < 1000 or unit == _UNITS[-1]:
+            break
+        n_bytes /= 1000
+    return f"{n_bytes:.0f} {unit}" if unit in ("B", "kB") else f"{n_bytes:.1f} {unit}"
