@@ -23,7 +23,8 @@ from wingman.errors import WingmanError
 if TYPE_CHECKING:
     from wingman.commands.session import Hooks, Session
 
-_INTERRUPTED: Final = 130
+INTERRUPTED: Final = 130
+"""Exit status after ctrl-C: 128 and the number of SIGINT, as a shell has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def run_command(arguments: argparse.Namespace, hooks: Hooks | None = None) -> in
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has gone, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

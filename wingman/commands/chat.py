@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
+from wingman.commands import INTERRUPTED
 from wingman.commands.api import Api, CommandFailed, Message
 from wingman.commands.loading import load, start_query
 from wingman.commands.names import read_items
@@ -18,7 +19,6 @@ from wingman.commands.session import Session
 
 _PATH: Final = "/v1/chat/completions"
 _MAX_PROMPT_CHARS: Final = 16 * 1024 * 1024
-_INTERRUPTED: Final = 130
 _HELP: Final = """\
 /clear  forget what was said
 /bye    end; ctrl-D does too
@@ -37,7 +37,7 @@ def run_command(session: Session) -> int:
     if prompt is None:
         _converse(talk, session.output)
         return 0
-    return _INTERRUPTED if talk.say(prompt).is_stopped else 0
+    return INTERRUPTED if talk.say(prompt).is_stopped else 0
 
 
 def _loaded_alias(session: Session, api: Api) -> str:

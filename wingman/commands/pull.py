@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
+from wingman.commands import INTERRUPTED
 from wingman.commands.api import Api, CommandFailed, Message, ask
 from wingman.commands.follow import follow
 from wingman.commands.names import known_models, read_download
@@ -20,7 +21,6 @@ _TARGET: Final = re.compile(
     r"(?:hf://)?(?P<repo>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>[^/:\s]+))?(?:[:/](?P<file>.+))?", re.ASCII
 )
 _MB: Final = 2**20
-_INTERRUPTED: Final = 130
 _OPEN: Final = frozenset({"idle", "queued", "downloading", "unknown"})
 
 
@@ -66,7 +66,7 @@ def pull_command(session: Session) -> int:
             if api.is_daemon
             else "the download is paused; the same command resumes it"
         )
-        return _INTERRUPTED
+        return INTERRUPTED
     return _report(api, output, item, reason)
 
 
