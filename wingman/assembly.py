@@ -48,9 +48,11 @@ class Services:
 
     async def close(self) -> None:
         """Pause downloads, write what is to be written, give the home back."""
-        await self.downloads.close()
-        await self.store.close()
-        self.lock.release()
+        try:
+            await self.downloads.close()
+        finally:
+            await self.store.close()
+            self.lock.release()
 
 
 def plane_of(
@@ -80,17 +82,21 @@ def read_llama() -> Llama:
 
 
 async def open_home(home: Home) -> tuple[Lock, Store]:
-    """Take a home folder and open its database. Raises ConfigurationError when another process has it."""
+    """Take a home folder and open its database. Raises ConfigurationError when another process has it, or it
+    can't be used. Blocks: nobody is served yet."""
     home.create()
     lock = Lock(home)
     if not lock.acquire():
         raise ConfigurationError(
             f"another Wingman uses {home.root}: talk to that one, or give this one a --home of its own"
         )
-    for file in (home.exit_file, home.kill_file):
-        file.unlink(missing_ok=True)
     try:
+        for file in (home.exit_file, home.kill_file):
+            file.unlink(missing_ok=True)
         return lock, await Store.open(home.database)
+    except OSError as error:
+        lock.release()
+        raise ConfigurationError(f"can't use {home.root}: {error.strerror}") from error
     except BaseException:
         lock.release()
         raise

@@ -14,10 +14,9 @@ from pathlib import Path
 from wingman.config import Config
 from wingman.errors import InvalidRequest, ModelLoadFailure, NotFound
 from wingman.services.gguf import BadGguf, GgufHeader, read_parts
-from wingman.services.home import LOCAL, Home, split_parts
+from wingman.services.home import LOCAL, Home, file_name, split_parts
 from wingman.services.items import DownloadItem
 from wingman.services.memory import estimate_bytes
-from wingman.services.served import file_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 Layout and names are the original Wingman's: `data/wingman.db`, `data/logs/`, and `models/` with files
 named `owner[-]repo[=]file.gguf`; a slash in the file's path is written `[-]` too. Every name from outside
-passes `check_repo` or `check_file_path`, so nothing outside `models/` can be named. Pure but for `Lock`
-and the functions that say so.
+passes `check_repo` or `check_file_path`, so nothing outside `models/` can be named. Used everywhere; pure but
+for `Lock` and what says that it blocks.
 """
 
 from __future__ import annotations
@@ -76,6 +76,13 @@ def parse_stored_name(name: str) -> tuple[str, str] | None:
     except InvalidRequest:
         return None
     return (repo, file_path) if is_stored else None
+
+
+def file_name(path: str) -> str:
+    """The name that a model's file has in its repository, folders left out."""
+    name = path.replace("\\", "/").rpartition("/")[2]
+    _, is_stored, file_path = name.rpartition(_FILE)
+    return file_path.rpartition(_SLASH)[2] if is_stored else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +160,20 @@ class Lock:
         self._file: IO[bytes] | None = None
 
     def acquire(self) -> bool:
-        """Take it; False when another process has it. Blocks for the disk only."""
-        file = self._path.open("ab")
+        """Take it; False when another process has it. Blocks for the disk only; raises ConfigurationError
+        where nothing can be written, or locked."""
+        try:
+            file = self._path.open("ab")
+        except OSError as error:
+            raise ConfigurationError(f"can't write {self._path}: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             return False
+        except OSError as error:  # a network file system without locks
+            file.close()
+            raise ConfigurationError(f"can't lock {self._path}: {error.strerror}") from error
         os.set_inheritable(file.fileno(), False)
         self._file = file
         return True

@@ -16,7 +16,7 @@ import orjson
 
 from wingman.engine.runner import Tokenizer
 from wingman.engine.types import HistogramView, Job, ModelInfo, SlotView, Snapshot
-from wingman.services.served import file_name
+from wingman.services.home import file_name
 
 T = TypeVar("T")
 UNKNOWN: Final = -1

@@ -22,6 +22,7 @@ from wingman.config import Config, ContextConfig, ModelConfig
 from wingman.engine.client import Engine, MakeRunner
 from wingman.engine.types import Constraint, ModelInfo
 from wingman.errors import ConfigurationError, InvalidRequest, ModelLoadFailure
+from wingman.services.home import file_name
 
 log = logging.getLogger("wingman.residency")
 
@@ -132,11 +133,6 @@ class Loader:
         except InvalidRequest as error:
             raise ConfigurationError(f"--grammar or --json-schema: {error.message}") from None
         return constraint
-
-
-def file_name(path: str) -> str:
-    """The model's file name as its repository has it."""
-    return path.replace("\\", "/").rsplit("/", 1)[-1].rsplit("[=]", 1)[-1]
 
 
 def read_default_constraint(config: ContextConfig) -> Constraint | None:
