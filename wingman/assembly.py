@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from wingman.services.inference import Inference
 from wingman.services.monitor import Monitor
 from wingman.services.remote import Remote
 from wingman.services.store import Store
+
+# huggingface_hub reads this when it is loaded, which is later: it would look through the environment for what
+# runs it, ask the Hub for a list to compare that with, and tell what it found.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 HUB: Final = "https://huggingface.co"
 _MB: Final = 2**20
