@@ -1,6 +1,6 @@
 """The Hugging Face Hub's API: which repositories of GGUF files there are, and what one of them holds.
 
-The loop's; huggingface_hub gives the client, the headers and the token (HF_TOKEN, then its token file) and is
+On the loop. huggingface_hub gives the client, the headers and the token (HF_TOKEN, then its token file) and is
 imported on first use in a thread, as it is slow. Its HfApi is not used: its listing has no time-out, sleeps
 half a minute over retries when there is no network, and reads bodies of any size. The listing is kept on disk,
 so that without the Hub there is still a catalog. Names from the Hub are hostile: those that
@@ -28,7 +28,7 @@ from wingman.services.home import LOCAL, check_repo, stored_name
 if TYPE_CHECKING:
     import httpx2
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("wingman.hub")
 
 MAX_REPOS: Final = 1000
 """That a listing may ask for; the Hub gives no more on one page."""
@@ -43,6 +43,7 @@ _HASH: Final = re.compile(r"[0-9a-f]{40,64}")
 _TIME: Final = re.compile(r"[0-9TZ:.+-]{1,40}")
 _UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 """What decoding raises."""
+OFFLINE: Final = "the Hub is not asked: the server was started with --offline"
 _WANTED: Final = ("siblings", "downloads", "likes", "createdAt", "lastModified", "gated", "gguf")
 
 
@@ -126,9 +127,6 @@ class _Model(msgspec.Struct, rename="camel"):
     last_modified: str | None = None
     gated: bool | str | None = None
     gguf: _Gguf | None = None
-
-
-OFFLINE: Final = "the Hub is not asked: the server was started with --offline"
 
 
 class Hub:

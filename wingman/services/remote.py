@@ -18,6 +18,7 @@ import msgspec
 
 from wingman import __version__
 from wingman.errors import Forbidden, NotFound, UpstreamFailure, WingmanError
+from wingman.services.hub import OFFLINE
 
 if TYPE_CHECKING:
     import httpx2
@@ -134,7 +135,7 @@ class Remote:
     ) -> tuple[httpx2.Response, dict[str, str]]:
         """The answer behind the redirects, and the headers that the Hub sent on the way, the first of each."""
         if self._is_offline:
-            raise UpstreamFailure("the Hub is not asked: the server was started with --offline")
+            raise UpstreamFailure(OFFLINE)
         client = await self._client()
         url, headers = await asyncio.to_thread(self._first_request, address)
         facts: dict[str, str] = {}

@@ -26,7 +26,7 @@ import msgspec
 from wingman.errors import ConfigurationError, InsufficientRoom, Unavailable, WingmanError
 from wingman.services.items import DownloadItem, WingmanItem
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("wingman.store")
 
 VERSION: Final = 1
 """`PRAGMA user_version`; the original leaves it at 0."""
@@ -214,7 +214,7 @@ def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
 
 
 def _failure(error: Exception) -> WingmanError:
-    logger.error("the database failed: %s", error)
+    log.error("the database failed: %s", error)
     if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
         return InsufficientRoom("the disk is full, so this can't be stored: free some space and try again")
     return StoreFailure("the database could not be read or written; the log says why")
@@ -227,7 +227,7 @@ def _item(row: Row, table: _Table, kind: type[T]) -> T | None:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         key = ", ".join(repr(values.get(name)) for name in table.key)
-        logger.warning("row %.200s of table %s can't be read and is left alone: %s", key, table.name, error)
+        log.warning("row %.200s of table %s can't be read and is left alone: %s", key, table.name, error)
         return None
 
 
@@ -346,7 +346,7 @@ def _open(path: Path) -> _Database:
         return _Database(path)
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
-            logger.error("can't open %s: %s", path, error)
+            log.error("can't open %s: %s", path, error)
             raise ConfigurationError(f"can't open the database {path}; the log says why") from error
     _move_aside(path)
     return _Database(path)
@@ -355,7 +355,7 @@ def _open(path: Path) -> _Database:
 def _move_aside(path: Path) -> None:
     """Keep a damaged database under another name, with its log."""
     target = _free_name(path, ".damaged-1", ".damaged-")
-    logger.error("%s is damaged; it is kept as %s and a new one is made", path, target.name)
+    log.error("%s is damaged; it is kept as %s and a new one is made", path, target.name)
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
         if part.exists():
