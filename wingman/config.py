@@ -312,7 +312,7 @@ class ControlConfig:
     max_message_size: int = option(262144, "--max-message-size", metavar="BYTES",
         help="largest message of a WebSocket client")  # fmt: skip
     monitor_content: bool = option(False, "--monitor-content",
-        help="show prompts and generated text on the WebSocket")  # fmt: skip
+        help="show the ends of the prompts that are worked on, on the WebSocket")  # fmt: skip
     log_file_size: int = option(5242880, "--log-file-size", metavar="BYTES",
         help="size at which the log file is rotated; three are kept; 0: no log file")  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""Every route, as tables: what the router is built from and /openapi.json is written from.
+"""The routes that need a model, as a table: what the router is built from and /openapi.json is written from.
 
-A model endpoint takes the model that the request names; with GET it is only looked at, with POST it is used, and
-loaded if need be. A control endpoint takes the services behind `/api`.
+Their endpoints take the model that the request names; with GET it is only looked at, with POST it is used, and
+loaded if need be. Those of `/api` are in `wingman.api.control`, the few others in `wingman.app`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The catalog: what the Hub offers, what is downloaded and what lies in the models folder, as one list.
 
-The loop's. Everything that takes time happens in a thread: the scan of the folder, headers, building and
+On the loop, but everything that takes time happens in a thread: the scan of the folder, headers, building and
 encoding; the finished body is kept until something that it shows has changed. Building is pure.
 """
 

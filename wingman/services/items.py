@@ -57,7 +57,7 @@ class WingmanItem(Item, frozen=True, kw_only=True, rename="camel"):
     file_path: str = ""
     address: str = ""
     port: int = 0
-    """Of a listener of its own; 0: none."""
+    """Of its own listener, else of the shared one; 0 while nothing listens."""
     context_size: int = 0
     """Tokens; 0: from the model."""
     gpu_layers: int = -1
