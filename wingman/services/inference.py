@@ -1,7 +1,8 @@
 """Models under aliases: starting, stopping, finding the one that a request names.
 
 Owner of the WingmanItems. Residency tells what becomes of each model; every change of status is stored
-first and announced then, in order, by one task. Runs on the loop; files are read elsewhere.
+first and announced then, in order, by one task. What an alias stands for is changed by one caller at a time,
+and to the end. Runs on the loop; files are read elsewhere.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from typing import Final, Protocol
+from collections.abc import Callable, Iterable
+from typing import Final
+from weakref import WeakValueDictionary
 
 import msgspec
 import orjson
 
 from wingman.config import Config
 from wingman.errors import (
-    ConfigurationError,
     Conflict,
     EngineFailure,
     InsufficientRoom,
@@ -26,10 +26,13 @@ from wingman.errors import (
     NotFound,
     WingmanError,
 )
+from wingman.services.calls import Calls
 from wingman.services.deployments import Deployer, Deployment, Start
 from wingman.services.items import ACTIVE_INFERENCE, DownloadItem, WingmanItem, WingmanStatus
 from wingman.services.itemstore import ItemStore
+from wingman.services.listeners import Listen, Listeners
 from wingman.services.modelnames import find_download, model_name
+from wingman.services.notes import Note, Notes
 from wingman.services.quantization import quantization
 from wingman.services.readings import MonitoredModel, Placement
 from wingman.services.residency import Change, Lease, Residency
@@ -60,22 +63,6 @@ _AFTER_CRASH: Final = {
 """Statuses that no stopped server can have, and what is said of them."""
 
 
-class Listener(Protocol):
-    """An inference listener of one item's own."""
-
-    async def aclose(self, grace_s: float) -> None:
-        """Stop listening."""
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """An item to be stored and announced; `progress` of a load is announced only."""
-
-    item: WingmanItem
-    progress: float | None = None
-    done: asyncio.Future[None] | None = None
-
-
 class Inference:
     """All models that run, ran, or may be asked for."""
 
@@ -89,7 +76,7 @@ class Inference:
         downloads: Callable[[], Iterable[DownloadItem]],
         capacity: Callable[[int], int],
         announce: Callable[[WingmanItem, float | None], None],
-        listen: Callable[[str, str, int], Awaitable[Listener]] | None = None,
+        listen: Listen | None = None,
     ) -> None:
         """`announce` is told each item after the store has it; `listen` opens a listener for an alias at an
         address and port."""
@@ -100,17 +87,17 @@ class Inference:
         self._downloads = downloads
         self._capacity = capacity
         self._announce = announce
-        self._listen = listen
+        self._listeners = Listeners(listen)
         self._items: dict[str, WingmanItem] = {}
         """As stored and announced."""
         self._intended: dict[str, WingmanItem] = {}
         """With the changes that are on their way to the store."""
         self._deployments: dict[str, Deployment] = {}
         self._volatile: set[str] = set()
-        self._listeners: dict[str, Listener] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._calls = Calls()
         self._was_active: list[WingmanItem] = []
-        self._notes: asyncio.Queue[Note] = asyncio.Queue()
-        self._writer: asyncio.Task[None] | None = None
+        self._notes = Notes(self._write)
         self.default: str | None = None
         """The alias of `--model`; whoever names no model, or one that is unknown, gets it."""
         self._address: tuple[str, int] = ("", 0)
@@ -119,13 +106,13 @@ class Inference:
 
     async def start_up(self) -> None:
         """Read what is stored and tell the truth about what a crash left."""
-        self._writer = asyncio.get_running_loop().create_task(self._write())
+        self._notes.start()
         for item in await self._store.items():
             self._items[item.alias] = self._intended[item.alias] = item
         for item in tuple(self._items.values()):
             if item.status in _AFTER_CRASH:
                 self._was_active.append(item)
-                await self._record(_with(item, "error", _AFTER_CRASH[item.status]))
+                await self._put(_with(item, "error", _AFTER_CRASH[item.status]))
 
     async def restore(self) -> None:
         """Start again what was running when the server ended, be it gracefully or not."""
@@ -157,12 +144,9 @@ class Inference:
 
     async def close(self) -> None:
         """Store what is still to be stored; Residency is closed before."""
-        for alias in tuple(self._listeners):
-            await self._close_listener(alias)
-        if self._writer is not None:
-            await self._flush()
-            self._writer.cancel()
-            await asyncio.wait((self._writer,))
+        await self._calls.settle()
+        await self._listeners.aclose()
+        await self._notes.close()
 
     # -- items ----------------------------------------------------------------------------------------
 
@@ -191,21 +175,47 @@ class Inference:
         its port is taken, InsufficientRoom when it can't fit, Unavailable while the server stops.
         """
         _check_alias(request.alias)
-        known = self._items.get(request.alias)
-        if known is not None and known.status in ACTIVE_INFERENCE:
-            return known, False
-        deployment = await self._deployer.deploy(request)
+        return await self._calls.whole(self._start(request))
+
+    async def _start(self, request: Start) -> tuple[WingmanItem, bool]:
+        alias = request.alias
+        async with self._turn(alias):
+            if self._is_wanted(alias):
+                return self._intended[alias], False
+            deployment = await self._deployer.deploy(request)
+            self._check_room(deployment)
+            await self._open_listener(request)
+            if self._is_wanted(alias):  # by a request that named it meanwhile
+                await self._listeners.close(alias, self._listeners.get(alias))
+                return self._intended[alias], False
+            self._deployments[alias] = deployment
+            item = self._new_item(request)
+            stored = self._put(item)
+            self._want(deployment, item)
+            await stored
+        return item, True
+
+    def _turn(self, alias: str) -> asyncio.Lock:
+        """Held by who changes what an alias stands for."""
+        return self._turns.setdefault(alias, asyncio.Lock())
+
+    def _is_wanted(self, alias: str) -> bool:
+        return self._residency.state(alias) is not State.ABSENT
+
+    def _check_room(self, deployment: Deployment) -> None:
         capacity = self._capacity(0)
-        if deployment.need_bytes > capacity and not request.force:
+        if deployment.need_bytes > capacity and not deployment.is_forced:
             raise InsufficientRoom(
-                f"{request.alias} needs about {deployment.need_bytes / 1e6:.0f} MB of memory, "
+                f"{deployment.name} needs about {deployment.need_bytes / 1e6:.0f} MB of memory, "
                 f"{capacity / 1e6:.0f} MB can be had; force=true tries nevertheless"
             )
-        await self._open_listener(request)
-        self._deployments[request.alias] = deployment
-        await self._record(self._new_item(request))
-        self._residency.want(deployment)
-        return self._items[request.alias], True
+
+    def _want(self, deployment: Deployment, item: WingmanItem) -> None:
+        try:
+            self._residency.want(deployment)
+        except WingmanError as error:
+            self._put(_with(item, "error", error.message))
+            raise
 
     async def serve_file(self) -> Deployment:
         """The model of `--model`: not stored, loaded whatever memory there is, and the default one. Raises
@@ -226,27 +236,50 @@ class Inference:
     async def stop(self, alias: str) -> WingmanItem:
         """Stop a model and return its item once it is gone; one that does not run stays as it is. Raises
         NotFound, or EngineFailure when it does not end in time."""
+        return await self._calls.whole(self._stop(alias))
+
+    async def _stop(self, alias: str) -> WingmanItem:
         self.item(alias)
+        listener = self._listeners.get(alias)
         try:
             async with asyncio.timeout(self._config.server.drain_timeout + STOP_GRACE_S):
                 await self._residency.stop(alias)
-                await self._close_listener(alias)
+                await self._listeners.close(alias, listener)
         except TimeoutError:
             raise EngineFailure(f"{alias} does not stop; see the log") from None
-        await self._flush()
-        return self._items[alias]
+        await self._notes.flush()
+        return self.item(alias)
 
     async def reset(self, alias: str) -> WingmanItem:
         """Stop a model and forget it; its last item. Raises as `stop`, and Conflict for that of `--model`."""
         if alias in self._volatile:
             raise Conflict(f"{alias} is the model of --model; it can be stopped only")
-        item = await self.stop(alias)
+        return await self._calls.whole(self._reset(alias))
+
+    async def _reset(self, alias: str) -> WingmanItem:
+        while True:
+            await self._stop(alias)
+            async with self._turn(alias):
+                await self._listeners.close(alias, self._listeners.get(alias))
+                await self._notes.flush()
+                item = self.item(alias)
+                if not self._is_wanted(alias):  # else a request or a start came between
+                    await self._forget(item)
+                    return item
+
+    async def _forget(self, item: WingmanItem) -> None:
+        """Drop all that is kept of an alias; its turn is held."""
+        alias = item.alias
         self._residency.forget(alias)
         self._deployments.pop(alias, None)
-        await self._store.delete_item(alias)
-        del self._items[alias], self._intended[alias]
+        del self._intended[alias]  # what may still be told of it is not stored any more
+        try:
+            await self._store.delete_item(alias)
+        except WingmanError:
+            self._intended[alias] = item
+            raise
+        del self._items[alias]
         self._announce(item, None)
-        return item
 
     def _new_item(self, request: Start) -> WingmanItem:
         now = int(time.time())
@@ -355,19 +388,21 @@ class Inference:
         if found is None:
             raise self._unknown(name)
         alias = model_name(found, self._downloads())
-        if alias not in self._deployments:
-            request = Start(alias, found.model_repo, found.file_path)
-            self._deployments[alias] = await self._deployer.deploy(request)
-            if alias not in self._items:
-                await self._record(_with(self._new_item(request), "complete"))
+        async with self._turn(alias):
+            if alias not in self._deployments:
+                request = Start(alias, found.model_repo, found.file_path)
+                self._deployments[alias] = await self._deployer.deploy(request)
+                if alias not in self._items:
+                    await self._put(_with(self._new_item(request), "complete"))
         return alias
 
     async def _redeploy(self, alias: str) -> None:
         """Make ready to start again what ran under an alias before."""
-        item = self.item(alias)
         if not self._config.control.models_autoload:
             raise self._unknown(alias)
-        self._deployments[alias] = await self._deployer.deploy(_start_of(item))
+        async with self._turn(alias):
+            if alias not in self._deployments:
+                self._deployments[alias] = await self._deployer.deploy(_start_of(self.item(alias)))
 
     def _unknown(self, name: str) -> NotFound:
         loaded = [item.alias for item in self.items() if item.status == "inferring"]
@@ -385,39 +420,20 @@ class Inference:
         if change.progress is None and (item.status, item.error) == (status, change.error):
             return
         if change.state is State.LOADING and item.status == "preparing":
-            self._put(Note(item, change.progress))
+            self._put(item, change.progress)
             return
-        self._put(Note(_with(item, status, change.error), change.progress))
+        self._put(_with(item, status, change.error), change.progress)
 
-    def _put(self, note: Note) -> None:
-        self._intended[note.item.alias] = note.item
-        self._notes.put_nowait(note)
+    def _put(self, item: WingmanItem, progress: float | None = None) -> asyncio.Future[None]:
+        """Store and announce an item; the future says when that is done."""
+        self._intended[item.alias] = item
+        return self._notes.put(item, progress)
 
-    async def _record(self, item: WingmanItem) -> None:
-        """Store and announce an item; returns when that is done."""
-        done = asyncio.get_running_loop().create_future()
-        self._put(Note(item, None, done))
-        await done
-
-    async def _flush(self) -> None:
-        await self._notes.join()
-
-    async def _write(self) -> None:
-        while True:
-            note = await self._notes.get()
-            try:
-                await self._write_one(note)
-            except Exception:
-                log.exception("the state of %s could not be stored", note.item.alias)
-            finally:
-                self._notes.task_done()
-                if note.done is not None and not note.done.done():
-                    note.done.set_result(None)
-
-    async def _write_one(self, note: Note) -> None:
+    async def _write(self, note: Note) -> None:
         alias = note.item.alias
-        before = self._items.get(alias)
-        if before != note.item:
+        if alias not in self._intended:  # it was forgotten
+            return
+        if self._items.get(alias) != note.item:
             if alias not in self._volatile:
                 await self._keep(note.item)
             self._items[alias] = note.item
@@ -433,20 +449,11 @@ class Inference:
     # -- listeners ------------------------------------------------------------------------------------
 
     async def _open_listener(self, request: Start) -> None:
-        is_shared = request.port in (0, self._address[1])
-        if is_shared or self._listen is None:
-            return
-        await self._close_listener(request.alias)
-        address = request.address or self._address[0] or "127.0.0.1"
-        try:
-            self._listeners[request.alias] = await self._listen(request.alias, address, request.port)
-        except ConfigurationError as error:
-            raise Conflict(error.message) from None
-
-    async def _close_listener(self, alias: str) -> None:
-        listener = self._listeners.pop(alias, None)
-        if listener is not None:
-            await listener.aclose(1.0)
+        alias = request.alias
+        await self._listeners.close(alias, self._listeners.get(alias))
+        if request.port not in (0, self._address[1]):
+            address = request.address or self._address[0] or "127.0.0.1"
+            await self._listeners.open(alias, address, request.port)
 
 
 def _is_active(item: WingmanItem) -> bool:

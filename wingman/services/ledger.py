@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from wingman.errors import NotFound, Unavailable
+from wingman.services.calls import Calls
 from wingman.services.downloadstates import at_bytes
 from wingman.services.items import ACTIVE_DOWNLOADS, DownloadItem
 
@@ -47,7 +48,7 @@ class Ledger:
         self._store = store
         self._announce = announce
         self._items: dict[Key, DownloadItem] = {}
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._calls = Calls()
 
     def __iter__(self) -> Iterator[DownloadItem]:
         """Oldest first; a copy, so items may change meanwhile."""
@@ -101,21 +102,13 @@ class Ledger:
         if self.is_closing:
             call.close()
             raise Unavailable("the server is shutting down")
-        task = asyncio.create_task(call)
-        self._calls.add(task)
-        task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
+        return await self._calls.whole(call)
 
     async def settle(self) -> None:
         """Wait for the changes that `whole` has under way."""
-        await asyncio.gather(*self._calls, return_exceptions=True)
+        await self._calls.settle()
 
     def _set(self, item: DownloadItem) -> DownloadItem:
         self._items[item.key] = item
         self._announce(item)
         return item
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._calls.discard(task)
-        if not task.cancelled():
-            task.exception()  # who waited for it has it, or is gone
