@@ -14,6 +14,8 @@ from typing import Any
 
 import orjson
 
+from wingman.errors import ConfigurationError
+
 MAX_QUEUED_RECORDS = 10_000
 N_OLD_FILES = 3
 _QUIET = ("httpx2", "httpcore2")
@@ -67,10 +69,11 @@ class TextFormatter(logging.Formatter):
 
 def configure_logging(level: str, form: str, file: Path | None = None, n_bytes: int = 0) -> QueueListener:
     """Send all records of `level` and above to standard error as "text" or "json", and to a file that is
-    rotated at `n_bytes`; the caller stops the returned listener at exit, which writes what is queued."""
+    rotated at `n_bytes`; the caller stops the returned listener at exit, which writes what is queued. Raises
+    ConfigurationError when the file can't be written."""
     writers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
-        writers.append(RotatingFileHandler(file, maxBytes=n_bytes, backupCount=N_OLD_FILES, encoding="utf-8"))
+        writers.append(_file_writer(file, n_bytes))
     for writer in writers:
         writer.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_QUEUED_RECORDS)
@@ -85,3 +88,12 @@ def configure_logging(level: str, form: str, file: Path | None = None, n_bytes: 
     listener = QueueListener(records, *writers)
     listener.start()
     return listener
+
+
+def _file_writer(file: Path, n_bytes: int) -> logging.Handler:
+    try:
+        return RotatingFileHandler(file, maxBytes=n_bytes, backupCount=N_OLD_FILES, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"can't write {file}: {error.strerror}; --log-file-size 0 does without a log file"
+        ) from error
