@@ -59,18 +59,13 @@ class Lease:
 
 
 @dataclass(slots=True)
-class _Waiter:
-    ready: asyncio.Future[Lease]
-
-
-@dataclass(slots=True)
-class _Home:
+class _Entry:
     """What is kept of one name."""
 
     deployment: Deployment
     served: ServedModel | None = None
     loader: Loader | None = None
-    waiters: list[_Waiter] = field(default_factory=list)
+    waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
     error: WingmanError | None = None
     is_failed: bool = False
     """The engine died by itself."""
@@ -99,7 +94,7 @@ class Residency:
         self._capacity = capacity
         self._on_change = on_change
         self._make_runner = make_runner
-        self._homes: dict[str, _Home] = {}
+        self._entries: dict[str, _Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         """Loads and unloads: they end."""
         self._watchers: set[asyncio.Task[None]] = set()
@@ -118,28 +113,30 @@ class Residency:
     @property
     def loaded(self) -> list[ServedModel]:
         """Models that answer requests now, those on their way out included."""
-        return [home.served for home in self._homes.values() if home.served is not None]
+        return [entry.served for entry in self._entries.values() if entry.served is not None]
 
     @property
     def deployed(self) -> list[tuple[Deployment, ServedModel]]:
         """What is in memory, with what it was loaded for."""
-        return [(home.deployment, home.served) for home in self._homes.values() if home.served is not None]
+        return [
+            (entry.deployment, entry.served) for entry in self._entries.values() if entry.served is not None
+        ]
 
     def peek(self, name: str) -> ServedModel:
         """A loaded model, to look at without using it; raises Unavailable with the reason while it is not
         there."""
-        home = self._homes.get(name)
-        if home is not None and home.served is not None and not home.is_failed:
-            return home.served
+        entry = self._entries.get(name)
+        if entry is not None and entry.served is not None and not entry.is_failed:
+            return entry.served
         raise Unavailable(self._why_not(name), retry_after_s=2)
 
     def _why_not(self, name: str) -> str:
-        home = self._homes.get(name)
+        entry = self._entries.get(name)
         if self._is_draining:
             return _SHUTTING_DOWN
         if self.state(name) in (State.QUEUED, State.LOADING):
             return _LOADING
-        if home is not None and (home.is_failed or home.error is not None):
+        if entry is not None and (entry.is_failed or entry.error is not None):
             return "the model failed; see the log"
         return "the model is not loaded"
 
@@ -158,7 +155,7 @@ class Residency:
 
     def is_known(self, name: str) -> bool:
         """Whether a deployment was ever wanted under this name."""
-        return name in self._homes
+        return name in self._entries
 
     # -- loading and lending --------------------------------------------------------------------------
 
@@ -168,12 +165,12 @@ class Residency:
             raise Unavailable(_SHUTTING_DOWN, retry_after_s=5)
         name = deployment.name
         before = self._roster.state(name)
-        home = self._homes.get(name)
-        if home is None:
-            home = self._homes[name] = _Home(deployment)
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._entries[name] = _Entry(deployment)
         elif before is State.ABSENT:
-            home.deployment, home.error, home.is_failed = deployment, None, False
-        home.gone.clear()
+            entry.deployment, entry.error, entry.is_failed = deployment, None, False
+        entry.gone.clear()
         self._roster.want(name, deployment.need_bytes, is_forced=deployment.is_forced, is_started=is_started)
         if before is State.ABSENT:
             self._tell(name)
@@ -183,37 +180,37 @@ class Residency:
         """A lease on a model, which is loaded if it is not. Raises what made loading it fail, Overloaded, or
         Unavailable while the server stops."""
         name = deployment.name
-        home = self._homes.get(name)
-        if home is not None and home.served is not None and self._roster.state(name) is State.READY:
-            return self._lease(name, home.served)
-        if home is not None and len(home.waiters) >= self._max_waiting:
+        entry = self._entries.get(name)
+        if entry is not None and entry.served is not None and self._roster.state(name) is State.READY:
+            return self._lease(name, entry.served)
+        if entry is not None and len(entry.waiters) >= self._max_waiting:
             raise Overloaded("too many requests wait for this model to load (--max-queue)", 5)
         self.want(deployment, is_started=False)
-        home = self._homes[name]
-        if home.served is not None and self._roster.state(name) is State.READY:
-            return self._lease(name, home.served)
+        entry = self._entries[name]
+        if entry.served is not None and self._roster.state(name) is State.READY:
+            return self._lease(name, entry.served)
         if self._roster.state(name) is State.ABSENT:  # refused at once
-            raise home.error or Unavailable(self._why_not(name))
-        return await self._wait(name, home)
+            raise entry.error or Unavailable(self._why_not(name))
+        return await self._wait(name, entry)
 
     async def join(self, name: str) -> Lease:
         """A lease on a model that is wanted already, once it is there. Raises as `acquire`."""
-        return await self.acquire(self._homes[name].deployment)
+        return await self.acquire(self._entries[name].deployment)
 
-    async def _wait(self, name: str, home: _Home) -> Lease:
-        waiter = _Waiter(asyncio.get_running_loop().create_future())
-        home.waiters.append(waiter)
+    async def _wait(self, name: str, entry: _Entry) -> Lease:
+        waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        entry.waiters.append(waiter)
         self._roster.wait(name)
         try:
-            return await waiter.ready
+            return await waiter
         except asyncio.CancelledError:
-            if waiter in home.waiters:
-                home.waiters.remove(waiter)
+            if waiter in entry.waiters:
+                entry.waiters.remove(waiter)
                 self._roster.give_up(name)
                 self._note_absent(name)
                 self._drive()
-            elif not waiter.ready.cancelled() and waiter.ready.exception() is None:
-                waiter.ready.result().release()
+            elif not waiter.cancelled() and waiter.exception() is None:
+                waiter.result().release()
             raise
 
     def _lease(self, name: str, served: ServedModel) -> Lease:
@@ -226,31 +223,31 @@ class Residency:
 
     async def stop(self, name: str) -> None:
         """End what runs on a model, within the drain time-out, and unload it; returns once it is gone."""
-        home = self._homes.get(name)
-        if home is None or self._roster.state(name) is State.ABSENT:
+        entry = self._entries.get(name)
+        if entry is None or self._roster.state(name) is State.ABSENT:
             return
         if self._roster.stop(name):
             self._start(self._unload(name))
-        elif home.loader is not None:
-            home.loader.abandon()
-        self._refuse_waiters(home, Unavailable("the model was stopped", retry_after_s=5))
+        elif entry.loader is not None:
+            entry.loader.abandon()
+        self._refuse_waiters(entry, Unavailable("the model was stopped", retry_after_s=5))
         self._note_absent(name)
         if self._roster.state(name) is not State.ABSENT:
             self._tell(name)
         self._drive()
-        await home.gone.wait()
+        await entry.gone.wait()
 
     def forget(self, name: str) -> None:
         """Drop what is kept of a model that is not loaded."""
         if self._roster.state(name) is State.ABSENT:
             self._roster.forget(name)
-            self._homes.pop(name, None)
+            self._entries.pop(name, None)
 
     # -- carrying out ---------------------------------------------------------------------------------
 
     def _drive(self) -> None:
         """Ask the roster what to do, and begin it."""
-        held = sum(r.need_bytes for r in self._roster if self._homes[r.name].served is not None)
+        held = sum(r.need_bytes for r in self._roster if self._entries[r.name].served is not None)
         for action in self._roster.decide(time.monotonic(), self._capacity(held)):
             self._carry_out(action)
         self._arm()
@@ -274,7 +271,7 @@ class Residency:
                 self._tell(name)
                 self._start(self._unload(name))
             case Keep(name):
-                self._wake(self._homes[name], name)
+                self._wake(self._entries[name], name)
             case Refuse(name, need, capacity):
                 message = (
                     f"{name} needs about {need / 1e9:.1f} GB of memory and {capacity / 1e9:.1f} GB can be "
@@ -289,9 +286,9 @@ class Residency:
         task.add_done_callback(tasks.discard)
 
     async def _load(self, name: str) -> None:
-        home = self._homes[name]
-        deployment = home.deployment
-        home.loader = Loader(
+        entry = self._entries[name]
+        deployment = entry.deployment
+        entry.loader = Loader(
             deployment.config,
             deployment.aliases,
             lambda progress: self._tell(name, progress=progress),
@@ -299,9 +296,9 @@ class Residency:
             deployment.n_layers,
         )
         if self._roster.state(name) is State.ABANDONED:  # stopped before this began
-            home.loader.abandon()
+            entry.loader.abandon()
         try:
-            served = await home.loader.load()
+            served = await entry.loader.load()
         except WingmanError as error:
             self._end_load(name, error)
             return
@@ -310,13 +307,13 @@ class Residency:
             self._end_load(name, ModelLoadFailure("the model could not be loaded; see the log"))
             return
         finally:
-            home.loader = None
-        home.error, home.is_failed = None, False
-        home.served = served
+            entry.loader = None
+        entry.error, entry.is_failed = None, False
+        entry.served = served
         if self._roster.loaded(name, time.monotonic()):
             self._start(self._watch(name, served), self._watchers)
             self._tell(name)
-            self._wake(home, name)
+            self._wake(entry, name)
         else:
             await self._unload(name)
         self._drive()
@@ -331,63 +328,63 @@ class Residency:
             self._fail(name, error)
         self._drive()
 
-    def _wake(self, home: _Home, name: str) -> None:
+    def _wake(self, entry: _Entry, name: str) -> None:
         """Give everybody who waits the lease that the roster has counted for them."""
-        assert home.served is not None
+        assert entry.served is not None
         resident = self._roster.get(name)
         assert resident is not None
         n_load = resident.load_number
-        waiters, home.waiters = home.waiters, []
+        waiters, entry.waiters = entry.waiters, []
         for waiter in waiters:
-            lease = Lease(home.served, lambda: self._release(name, n_load))
-            if waiter.ready.done():  # its request left meanwhile
+            lease = Lease(entry.served, lambda: self._release(name, n_load))
+            if waiter.done():  # its request left meanwhile
                 lease.release()
             else:
-                waiter.ready.set_result(lease)
+                waiter.set_result(lease)
 
     def _fail(self, name: str, error: WingmanError) -> None:
-        home = self._homes[name]
-        home.error = error
+        entry = self._entries[name]
+        entry.error = error
         log.error("%s: %s", name, error)
-        self._refuse_waiters(home, error)
+        self._refuse_waiters(entry, error)
         self._note_absent(name, error.message)
 
-    def _refuse_waiters(self, home: _Home, error: WingmanError) -> None:
-        waiters, home.waiters = home.waiters, []
+    def _refuse_waiters(self, entry: _Entry, error: WingmanError) -> None:
+        waiters, entry.waiters = entry.waiters, []
         for waiter in waiters:
-            if not waiter.ready.done():
-                waiter.ready.set_exception(error)
+            if not waiter.done():
+                waiter.set_exception(error)
 
     async def _watch(self, name: str, served: ServedModel) -> None:
         """Unload a model whose engine dies by itself."""
         error = await served.engine.wait_stopped()
-        home = self._homes.get(name)
-        if error is None or home is None or home.served is not served:
+        entry = self._entries.get(name)
+        if error is None or entry is None or entry.served is not served:
             return
         log.error("the engine of %s died: %s", name, error)
-        home.is_failed, home.error = True, error
+        entry.is_failed, entry.error = True, error
         if self._roster.stop(name):
-            self._refuse_waiters(home, error)
+            self._refuse_waiters(entry, error)
             self._start(self._unload(name))
 
     async def _unload(self, name: str) -> None:
         """Free a model that is UNLOADING."""
-        home = self._homes[name]
-        served = home.served
+        entry = self._entries[name]
+        served = entry.served
         assert served is not None
-        if not home.is_failed:
+        if not entry.is_failed:
             await served.engine.drain(self._drain_timeout_s)
         if not await served.engine.close():
             self.is_hung = True
-        home.served = None
-        error = home.error.message if home.is_failed and home.error else ""
+        entry.served = None
+        error = entry.error.message if entry.is_failed and entry.error else ""
         self._note_gone(name, error, is_wanted=self._roster.unloaded(name))
         self._drive()
 
     def _note_gone(self, name: str, error: str = "", *, is_wanted: bool) -> None:
         """A model has left memory: whoever waited for that goes on, even if it is wanted again already."""
         if is_wanted:
-            gone = self._homes[name].gone
+            gone = self._entries[name].gone
             gone.set()
             gone.clear()
             self._tell(name)
@@ -395,9 +392,9 @@ class Residency:
             self._note_absent(name, error)
 
     def _note_absent(self, name: str, error: str = "") -> None:
-        home = self._homes[name]
-        if self._roster.state(name) is State.ABSENT and not home.gone.is_set():
-            home.gone.set()
+        entry = self._entries[name]
+        if self._roster.state(name) is State.ABSENT and not entry.gone.is_set():
+            entry.gone.set()
             self._tell(name, error)
 
     def _tell(self, name: str, error: str = "", progress: float | None = None) -> None:
