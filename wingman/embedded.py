@@ -96,7 +96,7 @@ class Embedded:
     # -- models ---------------------------------------------------------------------------------------
 
     async def download(self, model_repo: str, file_path: str, revision: str | None = None) -> DownloadItem:
-        """Queue a download and return its item; `on("download_status", ...)` tells how it goes on. Raises
+        """Queue a download and return its item; `subscribe` tells how it goes on. Raises
         NotFound, Forbidden, UpstreamFailure, InsufficientRoom."""
         return (await self._control.downloads.enqueue(model_repo, file_path, revision)).item
 
@@ -124,6 +124,7 @@ class Embedded:
         )
         await self.inference.start(start)
         (await self.inference.lease(alias)).release()
+        await self.inference.settle()
         return self.inference.item(alias)
 
     async def stop_model(self, alias: str) -> WingmanItem:

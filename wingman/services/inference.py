@@ -148,6 +148,10 @@ class Inference:
         await self._listeners.aclose()
         await self._notes.close()
 
+    async def settle(self) -> None:
+        """Wait until every change so far is stored and announced."""
+        await self._notes.flush()
+
     # -- items ----------------------------------------------------------------------------------------
 
     def items(self) -> list[WingmanItem]:
