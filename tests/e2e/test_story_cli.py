@@ -167,6 +167,7 @@ def test_the_story_without_a_server(shell: Shell) -> None:
     answer = shell.json("run", TINY, "hello")
     assert (answer["model"], answer["usage"]["prompt_tokens"] > 0) == (TINY, True)
     assert rows(shell.say("ps", "-a"))[1][:2] == [TINY, "complete"]
+    assert shell.run("ps").stderr.startswith("nothing runs; wingman run MODEL")
     for command in (("stop", TINY), ("shutdown",), ("logs", "-f")):
         assert shell.fail(*command).startswith("no server is running: start one with wingman serve")
     assert shell.say("rm", TINY, "--yes") == f"{TINY}.gguf is deleted\n"

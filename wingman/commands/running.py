@@ -29,6 +29,9 @@ def ps_command(session: Session) -> int:
             [msgspec.to_builtins(item) | {"metrics": metrics.get(item.alias)} for item in shown]
         )
         return 0
+    if not shown:
+        session.output.note("nothing runs; wingman run MODEL loads a model and asks it")
+        return 0
     session.output.table(_TITLES, [_row(item, metrics.get(item.alias, {})) for item in shown])
     for item in shown:
         if item.error:
