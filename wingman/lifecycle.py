@@ -76,6 +76,7 @@ class Wingman(Embedded):
         self._make_runner = make_runner
         self._stop = asyncio.Event()
         self._has_failed = False
+        self._is_up = False
         self._services: Services | None = None
         self._housekeeping: list[asyncio.Task[None]] = []
         self._servers: list[Server] = []
@@ -129,6 +130,7 @@ class Wingman(Embedded):
             served = await self._serve_starter()
         if self._config.control.restore:
             await self.inference.restore()
+        self._is_up = True
         if self._services is not None:
             self._services.monitor.note_phase("ready")
         return served
@@ -219,14 +221,15 @@ class Wingman(Embedded):
         except ConfigurationError as error:
             raise Forbidden(error.message) from None
         app = App(self._config, self._gates, self.inference, None, alias)
-        app_server = Server(app, connection_limits(self._config.server, self._config.control), 256)
-        await app_server.listen(address, port)
-        return app_server
+        limits = connection_limits(self._config.server, self._config.control)
+        server = Server(app, limits, self._config.server.max_connections)
+        await server.listen(address, port)
+        return server
 
     def _refuse_exposed(self, hosts: tuple[str, ...]) -> None:
         """Raise ConfigurationError when others could reach an address that no key guards."""
         if not self._gates.inference.keys and not self._config.server.insecure:
-            _refuse_exposed(hosts)
+            _check_loopback(hosts)
 
     def _start_services(self, services: Services) -> None:
         services.monitor.note_phase("starting")
@@ -243,23 +246,13 @@ class Wingman(Embedded):
             await asyncio.sleep(_LOOK_S)
             n_looks += 1
             try:
-                await asyncio.to_thread(self._obey_files, services.home)
+                if await asyncio.to_thread(_is_told_to_exit, services.home):
+                    self.stop()
                 if n_looks % _REFRESH_LOOKS == 0:
                     await services.hardware.refresh()
                     await services.downloads.adopt()
             except Exception:
                 log.exception("housekeeping failed")
-
-    def _obey_files(self, home: Home) -> None:
-        if home.kill_file.exists():
-            log.warning("%s is there: ending at once", home.kill_file.name)
-            os._exit(_KILLED)
-        if home.exit_file.exists():
-            home.exit_file.unlink(missing_ok=True)
-            self._loop().call_soon_threadsafe(self.stop)
-
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        return self._housekeeping[0].get_loop()
 
     async def _serve_starter(self) -> ServedModel | None:
         """Register the starter model as a complete download and start it under its alias."""
@@ -310,8 +303,11 @@ class Wingman(Embedded):
         freed. May be called at any time, also twice."""
         self.stop()
         is_free = True
-        if hasattr(self, "_residency"):
+        if self._is_up and (self._listens or self._config.control.restore):
+            # else it was a command, or did not get far: what the server before it ran is still to be restored
             await self.inference.remember()
+        self._is_up = False
+        if hasattr(self, "_residency"):
             is_free = await self._residency.close()
             await self.inference.close()
         for task in self._housekeeping:
@@ -358,7 +354,7 @@ def _gates(config: Config) -> Gates:
     )
 
 
-def _refuse_exposed(hosts: tuple[str, ...]) -> None:
+def _check_loopback(hosts: tuple[str, ...]) -> None:
     for host in hosts:
         if host.endswith(".sock") or host == "localhost":
             continue
@@ -370,6 +366,17 @@ def _refuse_exposed(hosts: tuple[str, ...]) -> None:
             raise ConfigurationError(
                 f"{host} can be reached by others: set --api-key, or say --insecure if that is what you want"
             )
+
+
+def _is_told_to_exit(home: Home) -> bool:
+    """Whether the exit file is there, which is removed; the kill file ends the process. Blocks."""
+    if home.kill_file.exists():
+        log.warning("%s is there: ending at once", home.kill_file.name)
+        os._exit(_KILLED)
+    is_there = home.exit_file.exists()
+    with contextlib.suppress(OSError):  # it counts though it can't be removed
+        home.exit_file.unlink(missing_ok=True)
+    return is_there
 
 
 def _url(address: str) -> str:
