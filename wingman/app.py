@@ -21,7 +21,6 @@ import orjson
 from protocol import Limits, is_upgrade
 from wingman.api import models, ops, replies, slots
 from wingman.api.control import CONTROL_ROUTES, LOG_PATH, READ_ONLY, ControlPlane, WingmanLogItem, write_log
-from wingman.api.control import Status as ControlStatus
 from wingman.api.errors import error_response, protocol_error_response
 from wingman.api.forms import is_form, read_form
 from wingman.api.openapi import Description, openapi_document
@@ -152,7 +151,7 @@ class App:
                 for path in paths
             ]
             described.append(
-                Description("POST", LOG_PATH, _summary(write_log), (ControlStatus,), WingmanLogItem)
+                Description("POST", LOG_PATH, _summary(write_log), (replies.Status,), WingmanLogItem)
             )
         return described
 

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from wingman import Wingman, configure
+from wingman.api.queries import MAX_POSTED_BYTES
 from wingman.http.messages import Response
 
 
@@ -63,3 +64,10 @@ async def test_shutdown_answers_first(tmp_path: Path) -> None:
     async with quiet(tmp_path) as wingman:
         assert await answer(wingman, "GET", "/api/shutdown") == (200, {"status": "shutting down"})
         assert wingman.is_stopping
+
+
+async def test_no_body_is_read_that_holds_up_the_loop(tmp_path: Path) -> None:
+    async with quiet(tmp_path) as wingman:
+        for path in ("utils/log", "downloads/enqueue"):
+            status, _ = await answer(wingman, "POST", f"/api/{path}", {"message": "x" * MAX_POSTED_BYTES})
+            assert status == 400

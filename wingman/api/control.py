@@ -13,8 +13,9 @@ from typing import Any, Final
 import msgspec
 import orjson
 
-from wingman.api import catalog, downloads, hardware, inference
+from wingman.api import catalog, downloads, hardware, inference, replies
 from wingman.api.events import EventsEndpoint
+from wingman.api.queries import check_posted
 from wingman.api.schema import parse_json
 from wingman.http.messages import Answer, Request, Response
 from wingman.services.catalog import Catalog
@@ -66,12 +67,6 @@ class WingmanItems(msgspec.Struct):
     WingmanItems: list[WingmanItem]
 
 
-class Status(msgspec.Struct):
-    """What happens now."""
-
-    status: str
-
-
 class WingmanLogItem(msgspec.Struct):
     """A line for the server's log."""
 
@@ -92,6 +87,7 @@ def shut_down(plane: ControlPlane, _: Request) -> Response:
 
 def write_log(_: ControlPlane, request: Request) -> Response:
     """Write a line of a client's into the server's log; an unknown level counts as info."""
+    check_posted(request)
     item = parse_json(request.body, WingmanLogItem)
     level = _LEVELS.get(item.level.lower(), logging.INFO) if isinstance(item.level, str) else logging.INFO
     client_log.log(level, "%s", item.message[:MAX_LOG_CHARS])
@@ -99,7 +95,7 @@ def write_log(_: ControlPlane, request: Request) -> Response:
 
 
 _FILE: Final = ("modelRepo", "filePath")
-_WANTED: Final = (*_FILE, "revision")
+_ENQUEUE: Final = (*_FILE, "revision")
 _START: Final = (
     "alias",
     *_FILE,
@@ -117,7 +113,7 @@ CONTROL_ROUTES: Final[tuple[tuple[tuple[str, ...], ControlEndpoint, tuple[str, .
      "Models of the Hub and of this machine."),
     (("/api/downloads",), lambda p, r: downloads.list_downloads(p.downloads, r), _FILE, DownloadItems,
      "Downloads, filtered by what is given."),
-    (("/api/downloads/enqueue",), lambda p, r: downloads.enqueue_download(p.downloads, r), _WANTED, DownloadItem,
+    (("/api/downloads/enqueue",), lambda p, r: downloads.enqueue_download(p.downloads, r), _ENQUEUE, DownloadItem,
      "Download a model: 202, or 208 when it is queued or here already."),
     (("/api/downloads/cancel",), lambda p, r: downloads.cancel_download(p.downloads, r), _FILE, DownloadItem,
      "Cancel a download and drop what came of it."),
@@ -135,7 +131,7 @@ CONTROL_ROUTES: Final[tuple[tuple[tuple[str, ...], ControlEndpoint, tuple[str, .
      "Stop a model and forget its alias."),
     (("/api/hardware", "/api/hardwareinfo"), lambda p, r: hardware.get_hardware(p.hardware, r), (), HardwareInfo,
      "The machine."),
-    (("/api/shutdown",), shut_down, (), Status, "End the server gracefully."),
+    (("/api/shutdown",), shut_down, (), replies.Status, "End the server gracefully."),
 )  # fmt: skip
 """Every route that takes GET and POST alike; POST /api/utils/log is the one besides."""
 LOG_PATH: Final = "/api/utils/log"

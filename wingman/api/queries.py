@@ -20,11 +20,16 @@ def with_posted(request: Request) -> Request:
     """The request with the fields of its JSON body as further parameters. Raises InvalidRequest."""
     if not request.body.strip():
         return request
-    if len(request.body) > MAX_POSTED_BYTES:
-        raise InvalidRequest(f"the body is larger than {MAX_POSTED_BYTES} bytes")
+    check_posted(request)
     fields = parse_json(request.body, dict[str, str | int | float | bool | None])
     posted = tuple((name, _text(value)) for name, value in fields.items() if value is not None)
     return replace(request, target=Target(request.target.path, request.target.query + posted))
+
+
+def check_posted(request: Request) -> None:
+    """Raise InvalidRequest for a body so large that reading it would hold up the loop."""
+    if len(request.body) > MAX_POSTED_BYTES:
+        raise InvalidRequest(f"the body is larger than {MAX_POSTED_BYTES} bytes")
 
 
 def _text(value: str | float | bool) -> str:

@@ -24,7 +24,7 @@ class Error(TypedDict):
 
 
 class Status(TypedDict):
-    """Liveness and readiness."""
+    """How it is with the server, in a word or two."""
 
     status: str
 
