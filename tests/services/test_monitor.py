@@ -266,8 +266,8 @@ async def test_status_is_sent_on_changes_and_every_five_seconds() -> None:
     house = House(STATUSES)
     assert [set(message) for message in house.tick()] == [STATUS]
     assert house.tick() == []
-    house.monitor.note_change()
-    house.monitor.note_change()
+    house.monitor.on_download(download("queued", 0))
+    house.monitor.on_download(download("downloading", 0))
     assert [len(house.tick()) for _ in range(2)] == [1, 0]
     assert [len(house.tick(1.0)) for _ in range(11)] == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
 

@@ -137,11 +137,6 @@ class GgufHeader:
         return self.count("general.file_type") if "general.file_type" in self.metadata else -1
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether it brings a chat template."""
-        return "tokenizer.chat_template" in self.metadata
-
-    @property
     def split_no(self) -> int:
         """Which part of a split model this is, from 0."""
         return self.count("split.no")

@@ -119,10 +119,6 @@ class Monitor:
             body["progress"] = progress
         self._announce("inference_status", item.alias, item.status, body)
 
-    def note_change(self) -> None:
-        """Something that `status` shows is different now."""
-        self._is_changed = True
-
     def note_phase(self, phase: Phase) -> None:
         """The server starts, serves or stops; watchers hear it at once."""
         self._phase = phase
