@@ -199,3 +199,16 @@ async def test_a_token_that_no_header_can_hold(hub: HubServer) -> None:
     with pytest.raises(UpstreamFailure, match="token"):
         await remote.locate(REPO, PATH)
     await remote.aclose()
+
+
+async def test_what_could_not_be_opened_is_closed_all_the_same(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise FileNotFoundError("certificates")
+
+    monkeypatch.setattr("wingman.services.remote._open_client", fail)
+    remote = Remote(hub.url, "t")
+    with pytest.raises(Interrupted):
+        await remote.locate(REPO, PATH)
+    await remote.aclose()

@@ -125,10 +125,12 @@ class Remote:
                 await response.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections."""
+        """Close the connections, if any could be made."""
         if self._opening is not None:
             opening, self._opening = self._opening, None
-            await (await opening).aclose()
+            await asyncio.wait((opening,))
+            if not opening.cancelled() and opening.exception() is None:
+                await opening.result().aclose()
 
     async def _follow(
         self, method: str, address: _Address, extra: dict[str, str]
