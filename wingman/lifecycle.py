@@ -141,8 +141,8 @@ class Wingman(Embedded):
         control = config.control
         hardware = None
         if has_control(config):
+            llama = await asyncio.to_thread(read_llama)  # may fail: nothing is held yet
             lock, store = await open_home(home)
-            llama = await asyncio.to_thread(read_llama)
             self._services = make_services(config, home, lock, store, lambda: self.inference, llama)
             hardware = self._services.hardware
             await hardware.refresh()
