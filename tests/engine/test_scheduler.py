@@ -187,7 +187,7 @@ def test_end_all_finishes_what_runs_and_fails_what_waits() -> None:
     machine.scheduler.end_all()
     machine.events += machine.scheduler.take_events()
     assert machine.finished(1).stop_type is StopType.LIMIT
-    assert Failed(2, FailureKind.UNAVAILABLE, "the server is shutting down") in machine.events
+    assert Failed(2, FailureKind.UNAVAILABLE, "the model is being stopped") in machine.events
     assert machine.scheduler.is_idle
 
 

@@ -241,7 +241,7 @@ class Engine:
 
     def _refuse_while_closing(self) -> None:
         if self._is_draining or self._stopped.done():
-            raise Unavailable("the server is shutting down", retry_after_s=5)
+            raise Unavailable("the model is being stopped", retry_after_s=5)
 
     def _forget(self, job_id: int) -> None:
         """Cancel a job whose reader has left, or drop one that ended."""
@@ -310,7 +310,7 @@ class Engine:
         """Run a blocking function, such as tokenising `n_bytes` of text, off the loop; raises Unavailable
         once the engine is closing."""
         if self._is_closing:
-            raise Unavailable("the server is shutting down", retry_after_s=5)
+            raise Unavailable("the model is being stopped", retry_after_s=5)
         executor = self._executor if n_bytes <= BULK_BYTES else self._bulk_executor
         work = self._loop.run_in_executor(executor, function, *args)
         self._at_work.add(work)

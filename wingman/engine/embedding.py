@@ -101,7 +101,7 @@ class EmbeddingQueue:
     def end_all(self) -> None:
         """Fail everything that waits."""
         for job_id in tuple(self._vectors):
-            self._fail(job_id, FailureKind.UNAVAILABLE, "the server is shutting down")
+            self._fail(job_id, FailureKind.UNAVAILABLE, "the model is being stopped")
 
     def _fail(self, job_id: int, kind: FailureKind, message: str) -> None:
         if job_id in self._vectors:

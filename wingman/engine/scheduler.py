@@ -145,10 +145,10 @@ class Scheduler:
     def end_all(self) -> None:
         """Finish what generates with what it has; fail what has generated nothing yet."""
         for slot_job in tuple(self._slot_jobs):
-            self.refuse_slot_job(slot_job, FailureKind.UNAVAILABLE, "the server is shutting down")
+            self.refuse_slot_job(slot_job, FailureKind.UNAVAILABLE, "the model is being stopped")
         for sequence in tuple(self._jobs.values()):
             if not sequence.output:
-                self.fail(sequence.job.id, FailureKind.UNAVAILABLE, "the server is shutting down")
+                self.fail(sequence.job.id, FailureKind.UNAVAILABLE, "the model is being stopped")
             else:
                 self._end_early(sequence, truncated=False)
 
