@@ -78,6 +78,6 @@ def _address(text: str) -> str:
         if text:
             ipaddress.ip_address(text)
     except ValueError:
-        if not _HOST.fullmatch(text):
+        if not _HOST.fullmatch(text) or text.endswith(".sock"):  # that would be a Unix socket
             raise InvalidRequest("address must be an IP address or a host name", "address") from None
     return text
