@@ -11,10 +11,10 @@ import pytest
 
 from tests.support.fleet import ENOUGH_S, Fleet, deployment
 from wingman.config import Config
-from wingman.errors import NotFound, Unavailable, WingmanError
+from wingman.errors import ConfigurationError, NotFound, Unavailable, WingmanError
 from wingman.services.deployments import Deployer, Deployment, Start
 from wingman.services.inference import Inference
-from wingman.services.items import WingmanItem
+from wingman.services.items import DownloadItem, WingmanItem
 from wingman.services.itemstore import NoStore
 from wingman.services.residency import Change, Residency
 
@@ -23,11 +23,14 @@ class Here(Deployer):
     """Every model is here."""
 
     def __init__(self) -> None:
-        pass
+        self.is_gone = False
+        """No model is."""
 
     async def deploy(self, request: Start) -> Deployment:
         await asyncio.sleep(0)
-        model = deployment(f"{request.alias}-{request.file_path}")
+        if self.is_gone:
+            raise NotFound("it is not in the models folder")
+        model = deployment(f"{request.alias}-{request.file_path}".replace("/", "-"))
         return Deployment(request.alias, model.config, (request.alias,))
 
 
@@ -36,6 +39,16 @@ class Memory(NoStore):
 
     def __init__(self) -> None:
         self.rows: dict[str, WingmanItem] = {}
+        self.settings: dict[tuple[str, str], str] = {}
+
+    async def items(self) -> list[WingmanItem]:
+        return list(self.rows.values())
+
+    async def setting(self, name: str, key: str) -> str | None:
+        return self.settings.get((name, key))
+
+    async def put_setting(self, name: str, key: str, value: str) -> None:
+        self.settings[name, key] = value
 
     async def put_item(self, item: WingmanItem) -> None:
         await asyncio.sleep(0)
@@ -62,19 +75,23 @@ class Port:
 class Bench:
     """An Inference over models that are not there."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Memory) -> None:
         self.fleet = Fleet()
-        self.store = Memory()
+        self.store = store
+        self.taken: set[int] = set()
+        """Ports of others."""
+        self.here = Here()
+        self.downloads: list[DownloadItem] = []
         self.ports: list[int] = []
         """Those that are listened on."""
         self.a_port_closed = asyncio.Event()
         self.residency = Residency(n_max=2, make_runner=self.fleet, on_change=self._told)
         self.inference = Inference(
             Config(),
-            Here(),
+            self.here,
             self.store,
             self.residency,
-            downloads=list,
+            downloads=lambda: self.downloads,
             capacity=lambda _: 2**63,
             announce=lambda _item, _progress: None,
             listen=self._listen,
@@ -85,6 +102,8 @@ class Bench:
 
     async def _listen(self, _alias: str, _address: str, port: int) -> Port:
         await asyncio.sleep(0)
+        if port in self.taken:
+            raise ConfigurationError("taken")
         return Port(self, port)
 
     async def start(self, alias: str = "a", model: str = "m", port: int = 0) -> bool:
@@ -97,8 +116,8 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def a_bench() -> AsyncIterator[Bench]:
-    bench = Bench()
+async def a_bench(store: Memory | None = None) -> AsyncIterator[Bench]:
+    bench = Bench(store or Memory())
     await bench.inference.start_up()
     try:
         async with asyncio.timeout(ENOUGH_S):
@@ -165,6 +184,45 @@ async def test_a_start_while_the_server_stops_leaves_no_queued_item() -> None:
             await bench.start()
         await bench.inference.close()
         assert bench.store.rows["a"].status == "error"
+
+
+async def test_the_files_of_a_model_are_looked_at_again_before_it_is_loaded_again() -> None:
+    async with a_bench() as bench:
+        await bench.start()
+        await bench.inference.stop("a")
+        bench.here.is_gone = True
+        with pytest.raises(NotFound):
+            await bench.use("a")
+        assert bench.fleet.loads == ["a-m"]
+
+
+async def test_a_model_is_found_though_another_one_goes_by_its_name() -> None:
+    async with a_bench() as bench:
+        bench.downloads = [DownloadItem(model_repo="own/repo-GGUF", file_path="n.gguf", status="complete")]
+        await bench.start("n", "m")
+        await bench.use("own/repo-GGUF")
+        assert bench.inference.item("own/repo-GGUF/n.gguf").file_path == "n.gguf"
+        assert len(bench.fleet.loads) == 2
+
+
+async def test_a_restored_model_has_its_port_again() -> None:
+    async with a_bench() as bench:
+        await bench.start(port=7001)
+        await bench.inference.remember()
+        async with a_bench(bench.store) as next_bench:
+            await next_bench.inference.restore()
+            assert (next_bench.ports, next_bench.inference.item("a").port) == ([7001], 7001)
+
+
+async def test_a_restored_model_does_without_its_port_when_that_is_taken() -> None:
+    async with a_bench() as bench:
+        await bench.start(port=7001)
+        await bench.inference.remember()
+        async with a_bench(bench.store) as next_bench:
+            next_bench.taken.add(7001)
+            await next_bench.inference.restore()
+            assert (next_bench.ports, next_bench.inference.item("a").port) == ([], 0)
+            await next_bench.use("a")
 
 
 @pytest.mark.parametrize("seed", range(8))

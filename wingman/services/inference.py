@@ -8,6 +8,7 @@ and to the end. Runs on the loop; files are read elsewhere.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -122,9 +123,18 @@ class Inference:
         while self._was_active:
             item = self._was_active.pop(0)
             try:
-                await self.start(_start_of(item))
+                await self._start_again(item)
             except WingmanError as error:
                 log.error("can't start %s again: %s", item.alias, error.message)
+
+    async def _start_again(self, item: WingmanItem) -> None:
+        """Start an item as it was; without a port of its own when that can't be had any more."""
+        request = _start_of(item)
+        try:
+            await self.start(dataclasses.replace(request, address=item.address, port=item.port))
+        except Conflict as error:
+            log.warning("%s gets no port of its own: %s", item.alias, error.message)
+            await self.start(request)
 
     async def remember(self) -> None:
         """Keep what is running, for `restore`: the server is about to stop."""
@@ -289,13 +299,15 @@ class Inference:
         now = int(time.time())
         known = self._items.get(request.alias)
         address, port = self._address
+        if not self._is_shared(request):
+            address, port = request.address or address, request.port
         return WingmanItem(
             alias=request.alias,
             status="queued",
             model_repo=request.model_repo,
             file_path=request.file_path,
-            address=request.address or address,
-            port=request.port or port,
+            address=address,
+            port=port,
             context_size=request.context_size,
             gpu_layers=request.gpu_layers,
             chat_template=request.chat_template,
@@ -309,16 +321,14 @@ class Inference:
     async def lease(self, name: str | None, default: str | None = None) -> Lease:
         """A lease on the model that a request names; a downloaded one is loaded for it. `default` is the
         alias of the listener it came by. Raises NotFound naming what there is, and what loading raises."""
-        alias = self._choose(name, default)
+        alias, found = self._choose(name, default), None
         if alias is None:
-            assert name is not None
-            alias = await self._start_on_demand(name)
-        deployment = self._deployments.get(alias)
-        if deployment is None:
-            await self._redeploy(alias)
-            deployment = self._deployments[alias]
+            alias, found = self._find(name or "")
         if alias in self._volatile:
             self._residency.peek(alias)  # the model of --model is not waited for: "Loading model"
+        elif not self._is_wanted(alias):
+            await self._redeploy(alias, found)
+        deployment = self._deployments[alias]
         return await self._residency.acquire(deployment)
 
     def peek(self, name: str | None, default: str | None = None) -> ServedModel:
@@ -386,27 +396,28 @@ class Inference:
             raise NotFound("no model is loaded, and the request names none")
         return max(active, key=lambda item: item.updated).alias
 
-    async def _start_on_demand(self, name: str) -> str:
-        """Make an item of a downloaded model that a request names."""
+    def _find(self, name: str) -> tuple[str, Start]:
+        """The alias of a downloaded model that a request names, and how to start it if that is a new one."""
         found = find_download(name, self._downloads()) if self._config.control.models_autoload else None
         if found is None:
             raise self._unknown(name)
         alias = model_name(found, self._downloads())
-        async with self._turn(alias):
-            if alias not in self._deployments:
-                request = Start(alias, found.model_repo, found.file_path)
-                self._deployments[alias] = await self._deployer.deploy(request)
-                if alias not in self._items:
-                    await self._put(_with(self._new_item(request), "complete"))
-        return alias
+        if (known := self._items.get(alias)) and (known.model_repo, known.file_path) != found.key:
+            alias = "/".join(found.key)  # somebody called another model so
+        return alias, Start(alias, *found.key)
 
-    async def _redeploy(self, alias: str) -> None:
-        """Make ready to start again what ran under an alias before."""
-        if not self._config.control.models_autoload:
+    async def _redeploy(self, alias: str, found: Start | None) -> None:
+        """Look at the files of a model that is to be loaded, perhaps again: they may be other ones by now."""
+        if found is None and alias not in self._deployments and not self._config.control.models_autoload:
             raise self._unknown(alias)
         async with self._turn(alias):
-            if alias not in self._deployments:
-                self._deployments[alias] = await self._deployer.deploy(_start_of(self.item(alias)))
+            if self._is_wanted(alias):
+                return
+            is_new = found is not None and alias not in self._items
+            request = found if found is not None and is_new else _start_of(self.item(alias))
+            self._deployments[alias] = await self._deployer.deploy(request)
+            if is_new:
+                await self._put(_with(self._new_item(request), "complete"))
 
     def _unknown(self, name: str) -> NotFound:
         loaded = [item.alias for item in self.items() if item.status == "inferring"]
@@ -455,9 +466,12 @@ class Inference:
     async def _open_listener(self, request: Start) -> None:
         alias = request.alias
         await self._listeners.close(alias, self._listeners.get(alias))
-        if request.port not in (0, self._address[1]):
+        if not self._is_shared(request):
             address = request.address or self._address[0] or "127.0.0.1"
             await self._listeners.open(alias, address, request.port)
+
+    def _is_shared(self, request: Start) -> bool:
+        return request.port in (0, self._address[1])
 
 
 def _is_active(item: WingmanItem) -> bool:
