@@ -474,7 +474,8 @@ async def test_a_model_that_hangs_is_given_up(
         async with asyncio.timeout(ENOUGH_S):
             await residency.stop("a")
     assert residency.is_hung
-    assert not await residency.close()
+    async with asyncio.timeout(ENOUGH_S / 2):
+        assert not await residency.close()
     fleet.steps.set()
     await asyncio.to_thread(lease.served.engine._thread.join, ENOUGH_S)
 
