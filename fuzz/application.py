@@ -101,7 +101,6 @@ class Served:
             NoStore(),
             self._residency,
             downloads=list,
-            capacity=lambda _: 2**63,
             announce=lambda *_: None,
         )
         self._app = App(config, open_gates(), self._inference)

@@ -230,7 +230,7 @@ class _House:
                 assert all((self._root / "models" / name).is_file() for name in names)
         while any(item.status in _MOVING for item in self._inference._intended.values()):  # noqa: ASYNC110
             await asyncio.sleep(0.001)  # engine threads have their say
-        await self._inference._flush()
+        await self._inference.settle()
         answer = await self._answer("POST", "/api/inference")
         items = msgspec.json.decode(answer.body, type=WingmanItems).WingmanItems
         assert len({item.alias for item in items}) == len(items)

@@ -169,7 +169,6 @@ class Wingman(Embedded):
             self._services.store if self._services is not None else NoStore(),
             self._residency,
             downloads=self._downloaded,
-            capacity=capacity,
             announce=self._announce,
             listen=self._listen_for if self._listens else None,
         )

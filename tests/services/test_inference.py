@@ -92,7 +92,6 @@ class Bench:
             self.store,
             self.residency,
             downloads=lambda: self.downloads,
-            capacity=lambda _: 2**63,
             announce=lambda _item, _progress: None,
             listen=self._listen,
         )

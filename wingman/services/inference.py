@@ -75,7 +75,6 @@ class Inference:
         residency: Residency,
         *,
         downloads: Callable[[], Iterable[DownloadItem]],
-        capacity: Callable[[int], int],
         announce: Callable[[WingmanItem, float | None], None],
         listen: Listen | None = None,
     ) -> None:
@@ -86,7 +85,6 @@ class Inference:
         self._store = store
         self._residency = residency
         self._downloads = downloads
-        self._capacity = capacity
         self._announce = announce
         self._listeners = Listeners(listen)
         self._items: dict[str, WingmanItem] = {}
@@ -217,7 +215,7 @@ class Inference:
         return self._residency.state(alias) is not State.ABSENT
 
     def _check_room(self, deployment: Deployment) -> None:
-        capacity = self._capacity(0)
+        capacity = self._residency.capacity_bytes
         if deployment.need_bytes > capacity and not deployment.is_forced:
             raise InsufficientRoom(
                 f"{deployment.name} needs about {deployment.need_bytes / 1e6:.0f} MB of memory, "

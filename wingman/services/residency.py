@@ -106,6 +106,12 @@ class Residency:
 
     # -- looking in -----------------------------------------------------------------------------------
 
+    @property
+    def capacity_bytes(self) -> int:
+        """What models may take in all: what is free, and what those in memory take and could give back."""
+        held = sum(r.need_bytes for r in self._roster if self._entries[r.name].served is not None)
+        return self._capacity(held)
+
     def state(self, name: str) -> State:
         """Where a model is."""
         return self._roster.state(name)
@@ -247,8 +253,7 @@ class Residency:
 
     def _drive(self) -> None:
         """Ask the roster what to do, and begin it."""
-        held = sum(r.need_bytes for r in self._roster if self._entries[r.name].served is not None)
-        for action in self._roster.decide(time.monotonic(), self._capacity(held)):
+        for action in self._roster.decide(time.monotonic(), self.capacity_bytes):
             self._carry_out(action)
         self._arm()
 
