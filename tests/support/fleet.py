@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ class FleetRunner(ScriptedRunner):
 
     def __init__(self, fleet: Fleet, name: str) -> None:
         super().__init__(n_ctx_slot=2**20)
+        self.info = dataclasses.replace(self.info, path=f"{name}.gguf")
         self._fleet = fleet
         self.name = name
         self.is_dying = False

@@ -54,6 +54,7 @@ _STATUSES: Final[dict[State, WingmanStatus]] = {
     State.UNLOADING: "cancelling",
     State.ABSENT: "complete",
 }
+_STAYING: Final = ACTIVE_INFERENCE - {"cancelling"}
 _RUNNING: Final = ("inference", "running")
 _AFTER_CRASH: Final = {
     "queued": "failed to load",
@@ -175,10 +176,7 @@ class Inference:
 
     def in_use(self, repo: str, file_path: str) -> bool:
         """Whether an active item needs this file."""
-        return any(
-            item.status in ACTIVE_INFERENCE and (item.model_repo, item.file_path) == (repo, file_path)
-            for item in self._items.values()
-        )
+        return any(_is_active(item) and item.key == (repo, file_path) for item in self._items.values())
 
     async def start(self, request: Start) -> tuple[WingmanItem, bool]:
         """Queue a model for loading; the item, and False when that alias is active already.
@@ -363,7 +361,7 @@ class Inference:
         """Names of downloaded models that are loaded when a request names them."""
         if not self._config.control.models_autoload:
             return []
-        active = {(item.model_repo, item.file_path) for item in self._items.values() if _is_active(item)}
+        active = {item.key for item in self._items.values() if _is_active(item)}
         here = [item for item in self._downloads() if item.status == "complete"]
         return [model_name(item, here) for item in here if item.key not in active]
 
@@ -389,10 +387,10 @@ class Inference:
             return fallback
         if name:
             return None
-        active = [item for item in self._items.values() if item.status in ACTIVE_INFERENCE]
-        if not active:
+        staying = [item for item in self._items.values() if item.status in _STAYING]
+        if not staying:
             raise NotFound("no model is loaded, and the request names none")
-        return max(active, key=lambda item: item.updated).alias
+        return max(reversed(staying), key=lambda item: item.updated).alias
 
     def _find(self, name: str) -> tuple[str, Start]:
         """The alias of a downloaded model that a request names, and how to start it if that is a new one."""
@@ -400,7 +398,12 @@ class Inference:
         if found is None:
             raise self._unknown(name)
         alias = model_name(found, self._downloads())
-        if (known := self._items.get(alias)) and (known.model_repo, known.file_path) != found.key:
+        running = [
+            one.alias for one in self._items.values() if one.key == found.key and one.status in _STAYING
+        ]
+        if running and alias not in running:
+            alias = running[0]  # somebody started it under another name
+        elif (known := self._items.get(alias)) and known.key != found.key:
             alias = "/".join(found.key)  # somebody called another model so
         return alias, Start(alias, *found.key)
 

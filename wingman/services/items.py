@@ -68,6 +68,11 @@ class WingmanItem(Item, frozen=True, kw_only=True, rename="camel"):
     created: int = 0
     updated: int = 0
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What names its file."""
+        return self.model_repo, self.file_path
+
 
 class DownloadableItem(Item, frozen=True, kw_only=True, rename="camel"):
     """One file, or one set of split files, that a repository offers."""
