@@ -398,11 +398,9 @@ class Inference:
         if found is None:
             raise self._unknown(name)
         alias = model_name(found, self._downloads())
-        running = [
-            one.alias for one in self._items.values() if one.key == found.key and one.status in _STAYING
-        ]
-        if running and alias not in running:
-            alias = running[0]  # somebody started it under another name
+        same = [one.alias for one in self._items.values() if one.key == found.key and one.status in _STAYING]
+        if same and alias not in same:
+            alias = same[0]  # somebody started it under another name
         elif (known := self._items.get(alias)) and known.key != found.key:
             alias = "/".join(found.key)  # somebody called another model so
         return alias, Start(alias, *found.key)
