@@ -141,6 +141,7 @@ def test_all_parameters_of_a_start() -> None:
         ("address", "a.sock"),
         ("address", "x" * 255),
         ("address", "1.2.3.4:80"),
+        ("address", "[::1]"),
     ],
 )
 def test_what_is_out_of_bounds_is_named(field: str, text: str) -> None:

@@ -75,6 +75,9 @@ async def test_a_name_of_nothing_is_answered_with_what_is_loaded(shop: Shop) -> 
         with pytest.raises(NotFound) as error:
             await ask
         assert error.value.message == "no model is called 'gpt-9'; loaded: chat, code"
+    await shop.inference.stop("code")
+    with pytest.raises(NotFound, match=r"loaded: chat$"):
+        await shop.use("gpt-9")
 
 
 @pytest.mark.parametrize("name", [None, ""])
@@ -87,11 +90,11 @@ async def test_without_a_name_there_has_to_be_a_model(shop: Shop, name: str | No
 
 
 async def test_a_model_that_is_being_stopped_is_not_meant_without_a_name(shop: Shop) -> None:
-    await shop.start("code", file_path=OTHER)
-    code = await shop.loaded("code")
     await shop.start("chat")
     await shop.loaded("chat")
-    assert await shop.use(None) == "chat"  # the one started last
+    await shop.start("code", file_path=OTHER)
+    code = await shop.loaded("code")
+    assert await shop.use(None) == "code"  # the one started last
     shop.fleet.steps.clear()
     async with code.engine.submit(endless(code)):
         stop = asyncio.create_task(shop.inference.stop("code"))
@@ -210,3 +213,5 @@ async def test_the_model_of_the_flag_is_meant_by_every_other_name(tmp_path: Path
         assert {await shop.use(name) for name in ("tiny.gguf", "gpt-9", STEM, None)} == {"tiny.gguf"}
         shop.inference.check_loading()
         assert shop.inference.readiness() is None
+        await shop.start("chat", port=7001)
+        assert await shop.use(None, "chat") == "chat"  # by its listener

@@ -36,7 +36,10 @@ async def test_from_start_to_stop(shop: Shop) -> None:
     assert item.created == item.updated > 0
     await shop.loaded("chat")
     assert (await shop.inference.stop("chat")).status == "complete"
-    assert shop.statuses("chat") == ["queued", "preparing", "inferring", "cancelling", "complete"]
+    told = [(item.status, progress) for item, progress in shop.told]
+    assert told == [
+        ("queued", None), ("preparing", 0.0), ("inferring", None), ("cancelling", None), ("complete", None),
+    ]  # fmt: skip
     assert shop.store.rows["chat"] == shop.inference.item("chat") == shop.told[-1][0]
 
 
@@ -256,7 +259,8 @@ async def test_a_crash_leaves_the_truth(shop: Shop, before: str, error: str | No
             assert (found.status, found.error, found.created) == ("error", error, 7)
             assert again.told == [(found, None)]
             assert again.store.rows["chat"] == found
-        assert (await again.start("chat"))[1]
+        started, is_new = await again.start("chat")
+        assert (started.created, started.error, is_new) == (7, "", True)
         await again.loaded("chat")
 
 
@@ -265,6 +269,7 @@ async def test_what_crashed_is_started_again_as_it_was(shop: Shop) -> None:
     shop.store.rows = {"chat": WingmanItem(alias="chat", status="inferring", **fields)}  # type: ignore[arg-type]
     async with shop.restarted() as again:
         await again.inference.restore()
+        assert again.inference.in_use(REPO, PATH)
         served = await again.loaded("chat")
         assert served.config.context.ctx_size == 64 * served.config.context.parallel
         assert again.fleet.loaded[0].name == shop.stem()
@@ -281,6 +286,7 @@ async def test_what_ran_at_the_end_is_started_again_and_nothing_else(shop: Shop)
     assert {row.status for row in shop.store.rows.values()} == {"complete"}
     async with shop.restarted() as again:
         await again.inference.restore()
+        assert again.inference.in_use(REPO, PATH)
         await again.loaded("runs")
         assert again.fleet.loads == [shop.stem()]
         assert again.inference.item("stopped").status == "complete"
@@ -291,7 +297,7 @@ async def test_what_can_not_be_started_again_stops_no_other(shop: Shop) -> None:
         shop.store.rows[alias] = WingmanItem(alias=alias, status="inferring", model_repo=REPO, file_path=path)
     async with shop.restarted() as again:
         await again.inference.restore()
-        await again.loaded("here")
+        assert again.inference.in_use(REPO, PATH)
         assert again.inference.item("gone").status == "error"
 
 
