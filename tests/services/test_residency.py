@@ -16,7 +16,7 @@ from wingman.services.residency import Change, Lease, Residency
 from wingman.services.roster import State
 
 A, B, C = deployment("a"), deployment("b"), deployment("c")
-MakeResidency = Callable[..., Residency]
+Make = Callable[..., Residency]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ async def changes() -> Changes:
 
 
 @pytest.fixture
-async def make(fleet: Fleet, changes: Changes) -> AsyncIterator[MakeResidency]:
+async def make(fleet: Fleet, changes: Changes) -> AsyncIterator[Make]:
     made: list[Residency] = []
 
     def build(**options: Any) -> Residency:
@@ -64,7 +64,7 @@ async def within(*tasks: asyncio.Task[Lease]) -> list[Lease]:
 # -- loading --------------------------------------------------------------------------------------
 
 
-async def test_requests_share_a_load(make: MakeResidency, fleet: Fleet, changes: Changes) -> None:
+async def test_requests_share_a_load(make: Make, fleet: Fleet, changes: Changes) -> None:
     residency = make()
     first, *others = await within(*await ask(residency, A, A, A))
     assert all(lease.served is first.served for lease in others)
@@ -74,7 +74,7 @@ async def test_requests_share_a_load(make: MakeResidency, fleet: Fleet, changes:
     assert residency.deployed == [(A, first.served)]
 
 
-async def test_progress_is_told_while_it_loads(make: MakeResidency, fleet: Fleet, changes: Changes) -> None:
+async def test_progress_is_told_while_it_loads(make: Make, fleet: Fleet, changes: Changes) -> None:
     residency = make()
     gate = fleet.hold("a")
     changes.hooks.append(lambda change: gate.set() if change.progress else None)
@@ -85,7 +85,7 @@ async def test_progress_is_told_while_it_loads(make: MakeResidency, fleet: Fleet
 
 
 async def test_a_failure_reaches_all_who_wait_and_is_not_for_ever(
-    make: MakeResidency, fleet: Fleet, changes: Changes
+    make: Make, fleet: Fleet, changes: Changes
 ) -> None:
     residency = make()
     fleet.failures["a"] = ModelLoadFailure("no such weights")
@@ -99,7 +99,7 @@ async def test_a_failure_reaches_all_who_wait_and_is_not_for_ever(
     assert residency.readiness("a") is None
 
 
-async def test_what_a_library_says_stays_in_the_log(make: MakeResidency, fleet: Fleet) -> None:
+async def test_what_a_library_says_stays_in_the_log(make: Make, fleet: Fleet) -> None:
     residency = make()
     fleet.failures["a"] = RuntimeError("ggml: secret path")
     with pytest.raises(ModelLoadFailure) as error:
@@ -107,7 +107,7 @@ async def test_what_a_library_says_stays_in_the_log(make: MakeResidency, fleet: 
     assert "secret" not in error.value.message
 
 
-async def test_the_next_is_loaded_after_a_failure(make: MakeResidency, fleet: Fleet) -> None:
+async def test_the_next_is_loaded_after_a_failure(make: Make, fleet: Fleet) -> None:
     residency = make()
     fleet.failures["a"] = ModelLoadFailure("no such weights")
     failed, fine = await ask(residency, A, B)
@@ -116,7 +116,7 @@ async def test_the_next_is_loaded_after_a_failure(make: MakeResidency, fleet: Fl
     await within(fine)
 
 
-async def test_it_says_why_a_model_is_not_there(make: MakeResidency, fleet: Fleet) -> None:
+async def test_it_says_why_a_model_is_not_there(make: Make, fleet: Fleet) -> None:
     residency = make()
     assert residency.readiness("a") == "the model is not loaded"
     fleet.hold("a")
@@ -128,7 +128,7 @@ async def test_it_says_why_a_model_is_not_there(make: MakeResidency, fleet: Flee
         residency.peek("a")
 
 
-async def test_only_so_many_may_wait(make: MakeResidency, fleet: Fleet) -> None:
+async def test_only_so_many_may_wait(make: Make, fleet: Fleet) -> None:
     residency = make(max_waiting=2)
     gate = fleet.hold("a")
     tasks = await ask(residency, A, A)
@@ -142,7 +142,7 @@ async def test_only_so_many_may_wait(make: MakeResidency, fleet: Fleet) -> None:
 # -- leaving --------------------------------------------------------------------------------------
 
 
-async def test_one_that_leaves_takes_nothing_from_the_others(make: MakeResidency, fleet: Fleet) -> None:
+async def test_one_that_leaves_takes_nothing_from_the_others(make: Make, fleet: Fleet) -> None:
     residency = make()
     gate = fleet.hold("a")
     leaves, stays = await ask(residency, A, A)
@@ -155,7 +155,7 @@ async def test_one_that_leaves_takes_nothing_from_the_others(make: MakeResidency
 
 
 async def test_a_load_that_nobody_waits_for_any_more_does_not_begin(
-    make: MakeResidency, fleet: Fleet, changes: Changes
+    make: Make, fleet: Fleet, changes: Changes
 ) -> None:
     residency = make(n_max=2)
     gate = fleet.hold("a")
@@ -170,7 +170,7 @@ async def test_a_load_that_nobody_waits_for_any_more_does_not_begin(
 
 @pytest.mark.parametrize("is_early", [True, False])
 async def test_one_that_leaves_while_it_is_served_leaves_no_lease(
-    make: MakeResidency, changes: Changes, is_early: bool
+    make: Make, changes: Changes, is_early: bool
 ) -> None:
     residency = make()
     (task,) = await ask(residency, A)
@@ -188,7 +188,7 @@ async def test_one_that_leaves_while_it_is_served_leaves_no_lease(
     await within(*await ask(residency, B))
 
 
-async def test_a_lease_counts_once(make: MakeResidency) -> None:
+async def test_a_lease_counts_once(make: Make) -> None:
     residency = make()
     first, second = await within(*await ask(residency, A, A))
     first.release()
@@ -202,7 +202,7 @@ async def test_a_lease_counts_once(make: MakeResidency) -> None:
 # -- making room ----------------------------------------------------------------------------------
 
 
-async def test_a_model_in_use_stays_until_its_requests_are_done(make: MakeResidency, fleet: Fleet) -> None:
+async def test_a_model_in_use_stays_until_its_requests_are_done(make: Make, fleet: Fleet) -> None:
     residency = make()
     first, second = await within(*await ask(residency, A, A))
     (swap,) = await ask(residency, B)
@@ -215,7 +215,7 @@ async def test_a_model_in_use_stays_until_its_requests_are_done(make: MakeReside
     assert fleet.in_memory == ["b"]
 
 
-async def test_requests_for_two_models_take_turns(make: MakeResidency, fleet: Fleet) -> None:
+async def test_requests_for_two_models_take_turns(make: Make, fleet: Fleet) -> None:
     residency = make()
 
     async def use(wanted: Any) -> None:
@@ -227,7 +227,7 @@ async def test_requests_for_two_models_take_turns(make: MakeResidency, fleet: Fl
 
 
 async def test_the_one_that_was_to_make_room_goes_on_when_that_is_not_needed(
-    make: MakeResidency, fleet: Fleet
+    make: Make, fleet: Fleet
 ) -> None:
     residency = make()
     (lease,) = await within(*await ask(residency, A))
@@ -240,7 +240,7 @@ async def test_the_one_that_was_to_make_room_goes_on_when_that_is_not_needed(
     assert fleet.loads == ["a"]
 
 
-async def test_memory_makes_room_too_and_is_told_what_is_held(make: MakeResidency, fleet: Fleet) -> None:
+async def test_memory_makes_room_too_and_is_told_what_is_held(make: Make, fleet: Fleet) -> None:
     held: list[int] = []
 
     def capacity(n_bytes: int) -> int:
@@ -255,7 +255,7 @@ async def test_memory_makes_room_too_and_is_told_what_is_held(make: MakeResidenc
     assert max(held) <= 10
 
 
-async def test_what_can_not_fit_is_refused_unless_it_is_forced(make: MakeResidency, fleet: Fleet) -> None:
+async def test_what_can_not_fit_is_refused_unless_it_is_forced(make: Make, fleet: Fleet) -> None:
     residency = make(n_max=2, capacity=lambda _: 10)
     big = deployment("b", 11)
     (lease,) = await within(*await ask(residency, A))
@@ -269,7 +269,7 @@ async def test_what_can_not_fit_is_refused_unless_it_is_forced(make: MakeResiden
 
 
 async def test_a_model_is_unloaded_after_a_while_without_requests(
-    make: MakeResidency, changes: Changes, fleet: Fleet
+    make: Make, changes: Changes, fleet: Fleet
 ) -> None:
     residency = make(n_max=2, idle_unload_s=0.02)
     (busy, idle) = await within(*await ask(residency, A, B))
@@ -283,7 +283,7 @@ async def test_a_model_is_unloaded_after_a_while_without_requests(
 # -- stopping -------------------------------------------------------------------------------------
 
 
-async def test_a_stop_ends_a_load(make: MakeResidency, fleet: Fleet, changes: Changes) -> None:
+async def test_a_stop_ends_a_load(make: Make, fleet: Fleet, changes: Changes) -> None:
     residency = make()
     fleet.hold("a")
     (task,) = await ask(residency, A)
@@ -297,7 +297,7 @@ async def test_a_stop_ends_a_load(make: MakeResidency, fleet: Fleet, changes: Ch
     assert residency.readiness("a") == "the model is not loaded"
 
 
-async def test_a_stop_before_a_load_begins_leaves_it_out(make: MakeResidency, fleet: Fleet) -> None:
+async def test_a_stop_before_a_load_begins_leaves_it_out(make: Make, fleet: Fleet) -> None:
     residency = make()
     fleet.hold("a")
     residency.want(A)
@@ -307,7 +307,7 @@ async def test_a_stop_before_a_load_begins_leaves_it_out(make: MakeResidency, fl
     assert fleet.loads == []
 
 
-async def test_a_stop_takes_one_out_of_the_queue(make: MakeResidency, fleet: Fleet, changes: Changes) -> None:
+async def test_a_stop_takes_one_out_of_the_queue(make: Make, fleet: Fleet, changes: Changes) -> None:
     residency = make()
     fleet.hold("a")
     residency.want(A)
@@ -317,14 +317,14 @@ async def test_a_stop_takes_one_out_of_the_queue(make: MakeResidency, fleet: Fle
 
 
 @pytest.mark.parametrize("name", ["a", "z"])
-async def test_a_stop_of_nothing_is_no_error(make: MakeResidency, name: str) -> None:
+async def test_a_stop_of_nothing_is_no_error(make: Make, name: str) -> None:
     residency = make()
     await residency.acquire(A)
     await residency.stop("a")
     await residency.stop(name)
 
 
-async def test_a_stop_ends_what_runs_properly(make: MakeResidency, changes: Changes) -> None:
+async def test_a_stop_ends_what_runs_properly(make: Make, changes: Changes) -> None:
     residency = make(drain_timeout_s=0.0)
     lease = await residency.acquire(A)
     async with lease.served.engine.submit(endless(lease.served)) as stream:
@@ -340,7 +340,7 @@ async def test_a_stop_ends_what_runs_properly(make: MakeResidency, changes: Chan
 
 
 async def test_a_stop_lets_a_request_finish_within_the_time_for_it(
-    make: MakeResidency, fleet: Fleet, changes: Changes
+    make: Make, fleet: Fleet, changes: Changes
 ) -> None:
     residency = make()
     lease = await residency.acquire(A)
@@ -355,7 +355,7 @@ async def test_a_stop_lets_a_request_finish_within_the_time_for_it(
 
 
 async def test_what_is_wanted_while_it_is_unloaded_comes_back_and_the_stop_returns(
-    make: MakeResidency, fleet: Fleet, changes: Changes
+    make: Make, fleet: Fleet, changes: Changes
 ) -> None:
     residency = make()
     lease = await residency.acquire(A)
@@ -373,7 +373,7 @@ async def test_what_is_wanted_while_it_is_unloaded_comes_back_and_the_stop_retur
 
 
 async def test_what_is_wanted_while_its_load_is_abandoned_is_loaded_anew(
-    make: MakeResidency, fleet: Fleet, changes: Changes
+    make: Make, fleet: Fleet, changes: Changes
 ) -> None:
     residency = make()
     fleet.hold("a")
@@ -389,7 +389,7 @@ async def test_what_is_wanted_while_its_load_is_abandoned_is_loaded_anew(
     assert fleet.loads == ["a", "a"]
 
 
-async def test_stops_at_the_same_time_all_return(make: MakeResidency) -> None:
+async def test_stops_at_the_same_time_all_return(make: Make) -> None:
     residency = make(drain_timeout_s=0.0)
     await residency.acquire(A)
     async with asyncio.timeout(ENOUGH_S):
@@ -397,7 +397,7 @@ async def test_stops_at_the_same_time_all_return(make: MakeResidency) -> None:
     assert residency.state("a") is State.ABSENT
 
 
-async def test_what_is_forgotten_may_be_wanted_again(make: MakeResidency, fleet: Fleet) -> None:
+async def test_what_is_forgotten_may_be_wanted_again(make: Make, fleet: Fleet) -> None:
     residency = make()
     await residency.acquire(A)
     residency.forget("a")
@@ -421,7 +421,7 @@ async def die(fleet: Fleet, lease: Lease) -> None:
 
 
 async def test_a_dead_engine_is_told_and_may_be_started_again(
-    make: MakeResidency, fleet: Fleet, changes: Changes
+    make: Make, fleet: Fleet, changes: Changes
 ) -> None:
     residency = make()
     lease = await residency.acquire(A)
@@ -435,7 +435,7 @@ async def test_a_dead_engine_is_told_and_may_be_started_again(
 
 
 async def test_a_request_that_comes_while_a_dead_engine_is_freed_gets_a_live_one(
-    make: MakeResidency, fleet: Fleet, changes: Changes
+    make: Make, fleet: Fleet, changes: Changes
 ) -> None:
     residency = make()
     lease = await residency.acquire(A)
@@ -450,7 +450,7 @@ async def test_a_request_that_comes_while_a_dead_engine_is_freed_gets_a_live_one
 
 
 async def test_whoever_waits_for_a_model_that_dies_is_told(
-    make: MakeResidency, fleet: Fleet, changes: Changes
+    make: Make, fleet: Fleet, changes: Changes
 ) -> None:
     residency = make()
     lease = await residency.acquire(A)
@@ -463,7 +463,7 @@ async def test_whoever_waits_for_a_model_that_dies_is_told(
 
 
 async def test_a_model_that_hangs_is_given_up(
-    make: MakeResidency, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    make: Make, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "END_GRACE_S", 0.05)
     residency = make(drain_timeout_s=0.0)
@@ -483,7 +483,7 @@ async def test_a_model_that_hangs_is_given_up(
 # -- the end --------------------------------------------------------------------------------------
 
 
-async def test_the_end_is_the_end_of_everything(make: MakeResidency, fleet: Fleet) -> None:
+async def test_the_end_is_the_end_of_everything(make: Make, fleet: Fleet) -> None:
     residency = make(n_max=3)
     await residency.acquire(A)
     fleet.hold("b")
@@ -504,5 +504,5 @@ async def test_the_end_is_the_end_of_everything(make: MakeResidency, fleet: Flee
     assert await residency.close()
 
 
-async def test_the_end_without_anything(make: MakeResidency) -> None:
+async def test_the_end_without_anything(make: Make) -> None:
     assert await make().close()
