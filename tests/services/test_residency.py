@@ -139,9 +139,6 @@ async def test_only_so_many_may_wait(make: Make, fleet: Fleet) -> None:
     await residency.acquire(A)
 
 
-# -- leaving --------------------------------------------------------------------------------------
-
-
 async def test_one_that_leaves_takes_nothing_from_the_others(make: Make, fleet: Fleet) -> None:
     residency = make()
     gate = fleet.hold("a")
@@ -502,7 +499,3 @@ async def test_the_end_is_the_end_of_everything(make: Make, fleet: Fleet) -> Non
         await residency.acquire(A)
     assert residency.readiness("a") == "the server is shutting down"
     assert await residency.close()
-
-
-async def test_the_end_without_anything(make: Make) -> None:
-    assert await make().close()
