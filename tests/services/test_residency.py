@@ -34,8 +34,8 @@ async def make(fleet: Fleet, changes: Changes) -> AsyncIterator[Make]:
     made: list[Residency] = []
 
     def build(**options: Any) -> Residency:
-        options = {"drain_timeout_s": ENOUGH_S} | options
         fleet.n_max = options.get("n_max", 1)
+        options.setdefault("drain_timeout_s", ENOUGH_S)
         made.append(Residency(make_runner=fleet, on_change=changes, **options))
         return made[-1]
 
@@ -121,9 +121,8 @@ async def test_it_says_why_a_model_is_not_there(make: Make, fleet: Fleet) -> Non
     assert residency.readiness("a") == "the model is not loaded"
     fleet.hold("a")
     residency.want(A)
-    assert residency.readiness("a") == "Loading model"
     residency.want(B)
-    assert residency.readiness("b") == "Loading model"
+    assert residency.readiness("a") == residency.readiness("b") == "Loading model"
     with pytest.raises(Unavailable, match="Loading model"):
         residency.peek("a")
 
