@@ -13,7 +13,6 @@ from tests.support.server import ServerProcess
 from tools.tinymodel import write_llama
 from wingman.services.starter import fetch_starter
 
-
 # The same examples on each run, however loaded the machine is; `fuzz` looks for new ones.
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

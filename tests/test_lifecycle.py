@@ -10,6 +10,7 @@ import pytest
 from wingman import Wingman, configure
 from wingman.errors import ConfigurationError
 from wingman.services.home import Home
+from wingman.services.items import WingmanItem
 from wingman.services.store import Store
 
 RUNNING = ("inference", "running")
@@ -45,6 +46,18 @@ async def test_a_command_leaves_what_is_to_be_restored(tmp_path: Path) -> None:
     async with Wingman(configure(home=str(tmp_path)), listen=False) as wingman:
         await wingman.close()
     assert await remembered(tmp_path) == '["a"]'
+
+
+async def test_a_command_after_a_crash_leaves_what_is_to_be_restored(tmp_path: Path) -> None:
+    Home(tmp_path).create()
+    store = await Store.open(Home(tmp_path).database)
+    for alias, status in (("a", "inferring"), ("b", "complete"), ("c", "preparing")):
+        await store.put_item(WingmanItem(alias=alias, status=status))  # type: ignore[arg-type]
+    await store.close()
+    for _ in range(2):
+        async with Wingman(configure(home=str(tmp_path)), listen=False) as wingman:
+            assert [item.status for item in wingman.inference.items()] == ["error", "complete", "error"]
+    assert await remembered(tmp_path) == '["a","c"]'
 
 
 async def test_a_server_tells_what_ran_when_it_ended(tmp_path: Path) -> None:

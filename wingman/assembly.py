@@ -134,7 +134,7 @@ def make_services(
     )
     monitor = Monitor(
         broadcast,
-        models=lambda: inference().monitored(),
+        models=lambda: inference().monitored(hardware.gpu_name),
         items=lambda: inference().items(),
         downloads=downloads.items,
         hardware=lambda: hardware.current,

@@ -130,6 +130,8 @@ class Wingman(Embedded):
             served = await self._serve_starter()
         if self._config.control.restore:
             await self.inference.restore()
+        if self._listens:
+            await self.inference.remember()  # not what an earlier run told
         self._is_up = True
         if self._services is not None:
             self._services.monitor.note_phase("ready")

@@ -310,9 +310,12 @@ def contenders(fake: Path) -> list[Contender]:
 
 
 def children() -> list[psutil.Process]:
-    """Child processes, but for the server that other tests share."""
+    """Child processes, but for the server that other tests share and Python's own of `multiprocessing`."""
     found = psutil.Process().children(recursive=True)
-    return [process for process in found if "wingman" not in process.cmdline()]
+    lines = [(process, process.cmdline()) for process in found]
+    return [
+        process for process, line in lines if "wingman" not in line and "resource_tracker" not in str(line)
+    ]
 
 
 class TestRounds:

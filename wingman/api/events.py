@@ -21,11 +21,11 @@ from wingman.errors import Forbidden, InvalidRequest, Unavailable, WingmanError
 from wingman.http.access import KEY_PROTOCOL
 from wingman.http.messages import Request, Socket, Upgrade
 from wingman.services.broadcast import Broadcast, Filter, Subscriber, check_event_name
+from wingman.services.deployments import MAX_ALIAS_CHARS
 from wingman.services.monitor import Monitor
 
 SUBPROTOCOL: Final = "wingman"
 MAX_EVENTS: Final = 64
-MAX_ALIAS: Final = 256
 BYTES_A_TOKEN: Final = 4096
 """A message of this size counts as two: long ones are more work for everybody."""
 
@@ -190,8 +190,8 @@ def read_filter(events: list[str] | None, alias: str | None) -> Filter:
         raise InvalidRequest(f"Field 'events': at most {MAX_EVENTS} names", "events")
     for name in events or ():
         check_event_name(name, "events")
-    if alias is not None and len(alias) > MAX_ALIAS:
-        raise InvalidRequest(f"Field 'alias': at most {MAX_ALIAS} characters", "alias")
+    if alias is not None and len(alias) > MAX_ALIAS_CHARS:
+        raise InvalidRequest(f"Field 'alias': at most {MAX_ALIAS_CHARS} characters", "alias")
     return Filter(None if events is None else frozenset(events), alias or None)
 
 

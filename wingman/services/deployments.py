@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from wingman.config import Config
 from wingman.errors import InvalidRequest, ModelLoadFailure, NotFound
@@ -17,6 +18,9 @@ from wingman.services.gguf import BadGguf, GgufHeader, read_parts
 from wingman.services.home import LOCAL, Home, file_name, split_parts
 from wingman.services.items import DownloadItem
 from wingman.services.memory import estimate_bytes
+
+MAX_ALIAS_CHARS: Final = 256
+"""As much as the path of a file in a repository, which may be one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,3 +165,9 @@ def estimate_need(header: GgufHeader, config: Config) -> int:
         has_flash_attention=config.context.flash_attn != "off",
         has_full_windows=config.context.swa_full,
     )
+
+
+def check_alias(alias: str) -> None:
+    """Raise InvalidRequest for what can't be an alias."""
+    if not 0 < len(alias) <= MAX_ALIAS_CHARS or not alias.isprintable() or alias != alias.strip():
+        raise InvalidRequest(f"alias must have 1 to {MAX_ALIAS_CHARS} printable characters", "alias")

@@ -167,6 +167,11 @@ class Hardware:
         """Whether there is GPU memory that layers can go to."""
         return self.current.llama.can_offload and self.current.gpu.total_memory_mb > 0
 
+    @property
+    def gpu_name(self) -> str:
+        """Of the first GPU that can be used; "" without one."""
+        return self.current.gpu.gpus[0].name if self.has_gpu and self.current.gpu.gpus else ""
+
     def memory_bytes(self) -> tuple[int, int]:
         """Memory for models, in all and free: the GPUs' where they can be used, else the machine's."""
         part = self.current.gpu if self.has_gpu else self.current.cpu

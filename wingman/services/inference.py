@@ -23,18 +23,17 @@ from wingman.errors import (
     Conflict,
     EngineFailure,
     InsufficientRoom,
-    InvalidRequest,
     NotFound,
     WingmanError,
 )
 from wingman.services.calls import Calls
-from wingman.services.deployments import Deployer, Deployment, Start
+from wingman.services.deployments import Deployer, Deployment, Start, check_alias
 from wingman.services.items import ACTIVE_INFERENCE, DownloadItem, WingmanItem, WingmanStatus
 from wingman.services.itemstore import ItemStore
 from wingman.services.listeners import Listen, Listeners
-from wingman.services.modelnames import find_download, model_name
+from wingman.services.modelnames import find_download, model_name, model_names
 from wingman.services.notes import Note, Notes
-from wingman.services.quantization import quantization
+from wingman.services.quantization import quantization_of
 from wingman.services.readings import MonitoredModel, Placement
 from wingman.services.residency import Change, Lease, Residency
 from wingman.services.roster import State
@@ -44,7 +43,6 @@ log = logging.getLogger("wingman.inference")
 
 STOP_GRACE_S: Final = 30.0
 """How long a stop may take beyond the drain time-out."""
-MAX_ALIAS_CHARS: Final = 128
 _STATUSES: Final[dict[State, WingmanStatus]] = {
     State.QUEUED: "queued",
     State.LOADING: "preparing",
@@ -96,7 +94,6 @@ class Inference:
         self._volatile: set[str] = set()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._calls = Calls()
-        self._was_active: list[WingmanItem] = []
         self._notes = Notes(self._write)
         self.default: str | None = None
         """The alias of `--model`; whoever names no model, or one that is unknown, gets it."""
@@ -109,22 +106,21 @@ class Inference:
         self._notes.start()
         for item in await self._store.items():
             self._items[item.alias] = self._intended[item.alias] = item
-        for item in tuple(self._items.values()):
-            if item.status in _AFTER_CRASH:
-                self._was_active.append(item)
-                await self._put(_with(item, "error", _AFTER_CRASH[item.status]))
+        crashed = [item for item in self._items.values() if item.status in _AFTER_CRASH]
+        if crashed:
+            await self._remember([item.alias for item in crashed])
+        for item in crashed:
+            await self._put(_with(item, "error", _AFTER_CRASH[item.status]))
 
     async def restore(self) -> None:
         """Start again what was running when the server ended, be it gracefully or not."""
-        known = {item.alias for item in self._was_active}
-        ended = set(orjson.loads(await self._store.setting(*_RUNNING) or "[]"))
-        self._was_active += [self._items[alias] for alias in ended - known if alias in self._items]
-        while self._was_active:
-            item = self._was_active.pop(0)
+        for alias in orjson.loads(await self._store.setting(*_RUNNING) or "[]"):
+            if alias not in self._items:  # it was reset since
+                continue
             try:
-                await self._start_again(item)
+                await self._start_again(self._items[alias])
             except WingmanError as error:
-                log.error("can't start %s again: %s", item.alias, error.message)
+                log.error("can't start %s again: %s", alias, error.message)
 
     async def _start_again(self, item: WingmanItem) -> None:
         """Start an item as it was; without a port of its own when that can't be had any more."""
@@ -137,10 +133,12 @@ class Inference:
 
     async def remember(self) -> None:
         """Keep what is running, for `restore`: the server is about to stop."""
-        active = [item.alias for item in self._items.values() if _is_active(item)]
-        stored = sorted(set(active) - self._volatile)
+        active = [item.alias for item in self.items() if _is_active(item)]
+        await self._remember([alias for alias in active if alias not in self._volatile])
+
+    async def _remember(self, aliases: list[str]) -> None:
         try:
-            await self._store.put_setting(*_RUNNING, orjson.dumps(stored).decode())
+            await self._store.put_setting(*_RUNNING, orjson.dumps(aliases).decode())
         except WingmanError as error:  # no reason not to stop properly
             log.error("what runs could not be stored for --restore: %s", error.message)
 
@@ -184,7 +182,7 @@ class Inference:
         Raises NotFound for a model that is not here, InvalidRequest for one that is no model, Conflict when
         its port is taken, InsufficientRoom when it can't fit, Unavailable while the server stops.
         """
-        _check_alias(request.alias)
+        check_alias(request.alias)
         return await self._calls.whole(self._start(request))
 
     async def _start(self, request: Start) -> tuple[WingmanItem, bool]:
@@ -339,8 +337,8 @@ class Inference:
         """Models in memory."""
         return self._residency.loaded
 
-    def monitored(self) -> list[MonitoredModel]:
-        """Models in memory as the monitor looks at them."""
+    def monitored(self, gpu_name: str = "") -> list[MonitoredModel]:
+        """Models in memory as the monitor looks at them; `gpu_name` is of the GPU that layers go to."""
         return [
             MonitoredModel(
                 alias=served.name,
@@ -348,9 +346,10 @@ class Inference:
                 loaded_at=served.loaded_at,
                 load_s=served.load_s,
                 tensor_types=deployment.tensor_types,
-                quantization=quantization(served.info.path),
+                quantization=quantization_of(served.info.path),
                 placement=Placement(
                     n_gpu_layers=served.n_gpu_layers if deployment.n_layers else 0,
+                    gpu_name=gpu_name if deployment.n_layers else "",
                     required_mb=round(deployment.need_bytes / 1e6),
                 ),
             )
@@ -362,8 +361,8 @@ class Inference:
         if not self._config.control.models_autoload:
             return []
         active = {item.key for item in self._items.values() if _is_active(item)}
-        here = [item for item in self._downloads() if item.status == "complete"]
-        return [model_name(item, here) for item in here if item.key not in active]
+        names = model_names(self._downloads())
+        return [name for key, name in names.items() if key not in active]
 
     def check_loading(self) -> None:
         """Raise Unavailable while the model of `--model` is not there, or the server stops."""
@@ -492,8 +491,3 @@ def _start_of(item: WingmanItem) -> Start:
         chat_template=item.chat_template,
         force=item.force,
     )
-
-
-def _check_alias(alias: str) -> None:
-    if not 0 < len(alias) <= MAX_ALIAS_CHARS or not alias.isprintable() or alias != alias.strip():
-        raise InvalidRequest(f"alias must have 1 to {MAX_ALIAS_CHARS} printable characters", "alias")

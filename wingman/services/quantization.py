@@ -123,9 +123,6 @@ def quantization_of(file_path: str) -> str:
     return ""
 
 
-quantization = quantization_of
-
-
 def quantization_name(quant: str) -> str:
     """A quantization for people, such as `4-bit K Medium`; "" for none."""
     if not quant or quant in _PLAIN_NAMES:
