@@ -156,6 +156,28 @@ async def test_without_autoload_only_what_was_started_is_there(tmp_path: Path, t
         assert again.inference.item("chat").status == "complete"
 
 
+async def test_the_only_model_needs_no_name(tmp_path: Path, tiny_model: Path) -> None:
+    async with a_shop(tmp_path / "home", tiny_model) as shop:
+        with pytest.raises(NotFound, match="the request names none"):
+            await shop.use(None)
+        shop.add()
+        assert await shop.use(None) == await shop.use("") == STEM
+        await shop.inference.stop(STEM)
+        shop.add(file_path=OTHER)
+        with pytest.raises(NotFound, match="the request names none"):
+            await shop.use(None)
+
+
+async def test_without_autoload_what_was_stopped_stays_away(tmp_path: Path, tiny_model: Path) -> None:
+    async with a_shop(tmp_path / "home", tiny_model, models_autoload=False) as shop:
+        shop.add()
+        await shop.start("chat")
+        await shop.loaded("chat")
+        await shop.inference.stop("chat")
+        with pytest.raises(NotFound):
+            await shop.use("chat")
+
+
 async def test_what_may_be_named_and_is_not_active_is_listed(shop: Shop) -> None:
     shop.add("p/Coming-GGUF", "coming.gguf", "downloading")
     assert shop.inference.startable() == [STEM, "other.Q4_0"]

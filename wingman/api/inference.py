@@ -34,7 +34,7 @@ def get_status(inference: Inference, request: Request) -> Response:
 
 def _matching(inference: Inference, request: Request) -> list[WingmanItem]:
     alias = request.target.first("alias")
-    return [item for item in inference.items() if alias is None or item.alias == alias]
+    return [item for item in inference.items() if not alias or item.alias == alias]
 
 
 async def start(inference: Inference, request: Request) -> Response:

@@ -253,6 +253,8 @@ class Inference:
             async with asyncio.timeout(self._config.server.drain_timeout + STOP_GRACE_S):
                 await self._residency.stop(alias)
                 await self._listeners.close(alias, listener)
+                if alias not in self._volatile and not self._is_wanted(alias):
+                    self._deployments.pop(alias, None)  # without --models-autoload it stays away
         except TimeoutError:
             raise EngineFailure(f"{alias} does not stop; see the log") from None
         await self._notes.flush()
@@ -377,8 +379,7 @@ class Inference:
         return next((reason for name in names if (reason := self._residency.readiness(name))), None)
 
     def _choose(self, name: str | None, default: str | None) -> str | None:
-        """The alias of a request, or None for a name that is not an alias; raises NotFound when no model is
-        named and there is none to take."""
+        """The alias of a request; None for a name that is not an alias, or when none is named nor loaded."""
         if name and name in self._items:
             return name
         fallback = default or self.default
@@ -387,12 +388,14 @@ class Inference:
         if name:
             return None
         staying = [item for item in self._items.values() if item.status in _STAYING]
-        if not staying:
-            raise NotFound("no model is loaded, and the request names none")
-        return max(reversed(staying), key=lambda item: item.updated).alias
+        return max(reversed(staying), key=lambda item: item.updated).alias if staying else None
 
     def _find(self, name: str) -> tuple[str, Start]:
-        """The alias of a downloaded model that a request names, and how to start it if that is a new one."""
+        """The alias of a downloaded model that a request names, and how to start it if that is a new one; "" is
+        the only model there is."""
+        here = self.startable()
+        if not name and len(here) == 1:
+            name = here[0]
         found = find_download(name, self._downloads()) if self._config.control.models_autoload else None
         if found is None:
             raise self._unknown(name)
@@ -418,6 +421,8 @@ class Inference:
                 await self._put(_with(self._new_item(request), "complete"))
 
     def _unknown(self, name: str) -> NotFound:
+        if not name:
+            return NotFound("no model is loaded, and the request names none")
         loaded = [item.alias for item in self.items() if item.status == "inferring"]
         there = f"loaded: {', '.join(loaded)}" if loaded else "none is loaded"
         return NotFound(f"no model is called {name!r}; {there}")
