@@ -228,7 +228,7 @@ class ServerConfig:
     metrics: bool = option(False, "--metrics", env="LLAMA_ARG_ENDPOINT_METRICS", help="serve /metrics")
     props: bool = option(False, "--props", env="LLAMA_ARG_ENDPOINT_PROPS", help="serve POST /props")
     slot_save_path: Path | None = option(None, "--slot-save-path", parse=Path, metavar="DIR",
-        help="where slots are saved; without it they can't be")  # fmt: skip
+        help="where slots are saved (default: data/slots of the home folder, where there is one)")  # fmt: skip
     cors_origins: str = option("*", "--cors-origins", env="LLAMA_ARG_CORS_ORIGINS", metavar="ORIGINS",
         help="origins allowed by CORS, comma-separated; localhost: any local one")  # fmt: skip
     cors_methods: str = option("GET, POST, DELETE, OPTIONS", "--cors-methods", env="LLAMA_ARG_CORS_METHODS",

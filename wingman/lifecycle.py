@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import ipaddress
 import logging
@@ -68,7 +69,7 @@ class Wingman(Embedded):
     ) -> None:
         """Nothing happens before `start`; `make_runner` is replaced in tests. Raises ConfigurationError when
         keys or addresses can't be used as given."""
-        self._config = config = config or Config()
+        self._config = config = _with_slot_folder(config or Config())
         self._listens = listen
         self._gates = _gates(config)
         if listen:
@@ -155,6 +156,7 @@ class Wingman(Embedded):
             drain_timeout_s=config.server.drain_timeout,
             max_waiting=config.context.max_queue + config.context.parallel,
             capacity=capacity,
+            refresh=hardware.refresh if hardware is not None else None,
             on_change=self._on_change,
             make_runner=self._make_runner,
         )
@@ -330,6 +332,15 @@ class Wingman(Embedded):
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _with_slot_folder(config: Config) -> Config:
+    """A home has a place for saved slots."""
+    server = config.server
+    if server.slot_save_path is not None or not has_control(config):
+        return config
+    folder = Home(server.home).slots
+    return dataclasses.replace(config, server=dataclasses.replace(server, slot_save_path=folder))
 
 
 def _gates(config: Config) -> Gates:

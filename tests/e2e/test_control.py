@@ -412,6 +412,17 @@ def test_a_downloaded_model_is_loaded_for_the_request_that_names_it(home: Path) 
         assert daemon.chat(ONE).status_code == 200
 
 
+def test_slots_are_saved_in_the_home(home: Path) -> None:
+    with Daemon(home) as daemon:
+        assert daemon.chat(ONE, max_tokens=4).status_code == 200
+        for action in ("save", "restore"):
+            answer = httpx.post(
+                f"{daemon.url}/slots/0?action={action}&model={ONE}", json={"filename": "talk"}, timeout=60
+            )
+            assert answer.status_code == 200, answer.text
+    assert (home / "data" / "slots" / "talk").is_file()
+
+
 def test_an_idle_model_goes_and_comes_back(home: Path) -> None:
     with Daemon(home, "--idle-unload", "0.5") as daemon:
         start(daemon, ONE)

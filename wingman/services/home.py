@@ -117,6 +117,11 @@ class Home:
         return self.data / "cache"
 
     @property
+    def slots(self) -> Path:
+        """Saved slots."""
+        return self.data / "slots"
+
+    @property
     def kill_file(self) -> Path:
         """Its appearance ends the server at once."""
         return self.root / "wingman.die"

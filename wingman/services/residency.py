@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,15 +83,17 @@ class Residency:
         drain_timeout_s: float = 15.0,
         max_waiting: int = 64,
         capacity: Callable[[int], int] = lambda _: 2**63,
+        refresh: Callable[[], Awaitable[object]] | None = None,
         on_change: Callable[[Change], None] = lambda _: None,
         make_runner: MakeRunner | None = None,
     ) -> None:
-        """`capacity` tells the bytes that models may take in all, given those they are estimated to take;
+        """`capacity` tells the bytes that models may take in all, given those they are estimated to take, and `refresh` looks at the machine again for that;
         `max_waiting` requests may wait for one model."""
         self._roster = Roster(n_max, idle_unload_s)
         self._drain_timeout_s = drain_timeout_s
         self._max_waiting = max_waiting
         self._capacity = capacity
+        self._refresh = refresh
         self._on_change = on_change
         self._make_runner = make_runner
         self._entries: dict[str, _Entry] = {}
@@ -315,6 +317,7 @@ class Residency:
             entry.loader = None
         entry.error, entry.is_failed = None, False
         entry.served = served
+        await self._look_again()
         if self._roster.loaded(name, time.monotonic()):
             self._start(self._watch(name, served), self._watchers)
             self._tell(name)
@@ -322,6 +325,14 @@ class Residency:
         else:
             await self._unload(name)
         self._drive()
+
+    async def _look_again(self) -> None:
+        """See how much memory the load has left, before the next one is decided on."""
+        try:
+            if self._refresh is not None:
+                await self._refresh()
+        except Exception:
+            log.exception("the machine could not be looked at")
 
     def _end_load(self, name: str, error: WingmanError) -> None:
         """A load failed, or has ended because it was to end."""
