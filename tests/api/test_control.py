@@ -8,8 +8,11 @@ from pathlib import Path
 import orjson
 import pytest
 
+from tools.tinymodel import write_llama
 from wingman import Wingman, configure
+from wingman.api.errors import error_body
 from wingman.api.queries import MAX_POSTED_BYTES
+from wingman.errors import ModelLoadFailure
 from wingman.http.messages import Response
 
 
@@ -71,3 +74,25 @@ async def test_no_body_is_read_that_holds_up_the_loop(tmp_path: Path) -> None:
         for path in ("utils/log", "downloads/enqueue"):
             status, _ = await answer(wingman, "POST", f"/api/{path}", {"message": "x" * MAX_POSTED_BYTES})
             assert status == 400
+
+
+def test_where_a_model_lies_is_not_told_to_who_asks_it() -> None:
+    status, body = error_body(ModelLoadFailure("can't load /secret/place/model.gguf: no memory"))
+    assert status == 500
+    assert body["error"]["message"] == (
+        "the model could not be loaded; see its error in /api/inference or the log"
+    )
+
+
+async def test_what_keeps_a_model_from_loading_is_in_its_item(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir(parents=True)
+    async with quiet(tmp_path) as wingman:
+        write_llama(tmp_path / "models" / "fine.gguf")
+        query = "alias=x&modelRepo=local&filePath=fine.gguf&chatTemplate=nosuch"
+        status, _ = await answer(wingman, "POST", f"/api/inference/start?{query}")
+        assert status == 202
+        ask = {"model": "x", "messages": [{"role": "user", "content": "Hi"}]}
+        assert (await answer(wingman, "POST", "/v1/chat/completions", ask))[0] == 500
+        await wingman.inference.settle()
+        item = wingman.inference.item("x")
+        assert (item.status, "nosuch" in item.error) == ("error", True)
