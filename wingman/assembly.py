@@ -93,7 +93,8 @@ async def open_home(home: Home) -> tuple[Lock, Store]:
     lock = Lock(home)
     if not lock.acquire():
         raise ConfigurationError(
-            f"another Wingman uses {home.root}: talk to that one, or give this one a --home of its own"
+            f"another Wingman uses {home.root}, a server or a command without one: wait for it, or give "
+            "this one a --home of its own; beside wingman serve any number of commands can run"
         )
     try:
         for file in (home.exit_file, home.kill_file):

@@ -195,6 +195,7 @@ class Wingman(Embedded):
         if port.isdigit():
             self.inference.note_address(address.strip("[]"), int(port))
         if plane is not None and not shares_port:
+            _refuse_one_port(config)
             self._add_server(App(config, self._gates, None, plane), config.control.max_monitors)
             for host in config.server.host:
                 if not host.endswith(".sock"):
@@ -332,6 +333,12 @@ class Wingman(Embedded):
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _refuse_one_port(config: Config) -> None:
+    port = config.server.port
+    if port and port == config.control.control_port:
+        raise ConfigurationError(f"--port and --control-port are both {port}: say --single-port for one port")
 
 
 def _with_slot_folder(config: Config) -> Config:

@@ -171,7 +171,7 @@ CONTROL = Guard(Keys(()), LAN, ("https://app.example",))
         ("127.0.0.1", {"origin": "https://evil.example"}, False),
         ("127.0.0.1", {"origin": "https://evil.example", "sec-fetch-site": "same-origin"}, False),
         ("127.0.0.1", {"origin": "http://localhost.evil.example"}, False),
-        ("127.0.0.1", {"origin": "http://evil.localhost"}, False),
+        ("127.0.0.1", {"origin": "http://tauri.localhost"}, True),  # always this machine: RFC 6761, 6.3
         ("127.0.0.1", {"origin": "http://127.0.0.1@evil.example"}, False),
         ("127.0.0.1", {"origin": "null"}, False),
         ("127.0.0.1", {"origin": ""}, False),

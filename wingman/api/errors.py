@@ -43,7 +43,9 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         log.error("a request failed unexpectedly", exc_info=error)
         return 500, {"error": {"code": 500, "message": "internal server error", "type": kind}}
     message = error.message
-    if isinstance(error, errors.ModelLoadFailure):  # it names files: the item's `error` has it, for who may see
+    if isinstance(
+        error, errors.ModelLoadFailure
+    ):  # it names files: the item's `error` has it, for who may see
         message = "the model could not be loaded; see its error in /api/inference or the log"
     body: dict[str, Any] = {"code": status, "message": message, "type": kind}
     if isinstance(error, errors.InvalidRequest | errors.MissingParameter) and error.field is not None:

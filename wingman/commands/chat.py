@@ -126,6 +126,8 @@ class Talk:
         finally:
             printer.end()
         reason = "stopped" if is_stopped else ending.get("finish_reason")
+        if reason == "length":
+            self._output.note("(cut: the context is full, or the server stopped)")
         return Answer("".join(text), "".join(reasoning), reason, ending.get("usage"), is_stopped)
 
 

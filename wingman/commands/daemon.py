@@ -31,6 +31,8 @@ def find_daemon(arguments: argparse.Namespace, home: Home) -> RemoteApi | None:
     admin_key = arguments.admin_key or _first("WINGMAN_ADMIN_KEY")
     api_key = arguments.api_key or _first("WINGMAN_API_KEY")
     url = arguments.url or os.environ.get("WINGMAN_URL")
+    if url and "://" not in url:
+        url = f"http://{url}"
     told = read_runtime_file(home.runtime_file)
     if url:
         address = told if told is not None and told.control == url.rstrip("/") else beside(url.rstrip("/"))

@@ -88,7 +88,8 @@ class Hosts:
         """Whether it is a name of this machine beyond doubt: loopback, or one that was named."""
         name = host.strip("[]").lower()
         address = _address(name)
-        is_loopback = name == "localhost" or (address is not None and address.is_loopback)
+        is_local = name == "localhost" or name.endswith(".localhost")  # RFC 6761, 6.3
+        is_loopback = is_local or (address is not None and address.is_loopback)
         is_wild = address is not None and address.is_unspecified
         return is_loopback or (name in self._names and not is_wild)
 

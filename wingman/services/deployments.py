@@ -140,6 +140,8 @@ class Deployer:
 
 def _read_model(path: Path) -> GgufHeader:
     """The header of a model, given any part of it. Blocks; raises ModelLoadFailure."""
+    if not path.name:
+        raise ModelLoadFailure(f"{path} is not a file")
     paths = [path.with_name(part) for part in split_parts(path.name)]
     missing = next((part for part in paths if not part.is_file()), None)
     if missing is not None:

@@ -87,8 +87,8 @@ class Residency:
         on_change: Callable[[Change], None] = lambda _: None,
         make_runner: MakeRunner | None = None,
     ) -> None:
-        """`capacity` tells the bytes that models may take in all, given those they are estimated to take, and `refresh` looks at the machine again for that;
-        `max_waiting` requests may wait for one model."""
+        """`capacity` tells the bytes that models may take in all, given those they are estimated to take, and
+        `refresh` looks at the machine again for that; `max_waiting` requests may wait for one model."""
         self._roster = Roster(n_max, idle_unload_s)
         self._drain_timeout_s = drain_timeout_s
         self._max_waiting = max_waiting
