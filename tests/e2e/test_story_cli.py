@@ -68,7 +68,9 @@ class Shell:
 
     @contextmanager
     def begin(self, *words: str, **streams: Any) -> Iterator[subprocess.Popen[str]]:
-        """A command that goes on; it has ended in the end."""
+        """A command that goes on; it has ended in the end. It hears ctrl-C also where the tests run in
+        the background: shells have it ignored there, and a child would inherit that."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         command = self.command(*words)
         with subprocess.Popen(command, env=self.environment, text=True, **streams) as process:
             try:
