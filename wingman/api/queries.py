@@ -11,8 +11,8 @@ from wingman.api.schema import parse_json
 from wingman.errors import InvalidRequest, MissingParameter
 from wingman.http.messages import Request
 
-_TRUE: Final = frozenset({"1", "true", "on", "yes"})
-_FALSE: Final = frozenset({"0", "false", "off", "no", ""})
+_TRUE: Final = frozenset({"1", "true", "on", "yes", ""})
+_FALSE: Final = frozenset({"0", "false", "off", "no"})
 MAX_POSTED_BYTES: Final = 256 * 1024
 
 
@@ -63,9 +63,7 @@ def integer(query: Mapping[str, str], name: str, default: int, low: int, high: i
 
 def flag(query: Mapping[str, str], name: str) -> bool:
     """A switch; a bare name is on. Raises InvalidRequest for a word that is neither on nor off."""
-    text = query.get(name)
-    if text is None or text.lower() in _FALSE:
-        return text == "" if text is not None else False
-    if text.lower() not in _TRUE:
+    text = query.get(name, "false").lower()
+    if text not in _TRUE | _FALSE:
         raise InvalidRequest(f"{name} must be true or false", name)
-    return True
+    return text in _TRUE
