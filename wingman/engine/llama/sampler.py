@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -187,6 +188,16 @@ class Sampler:
             self._await_trigger(token)
         return Draw(token, prob)
 
+    def draw_run(self, context: Any, index: int, draft: Sequence[int]) -> tuple[Draw, ...]:
+        """Tokens from batch positions `index`, `index + 1`, ... for as long as each equals the next of
+        `draft`: between one and len(draft) + 1 draws, of which only the last may differ from the draft."""
+        draws = [self.draw(context, index)]
+        for at, token in enumerate(draft, index + 1):
+            if draws[-1].token != token:
+                break
+            draws.append(self.draw(context, at))
+        return tuple(draws)
+
     def _await_trigger(self, token: int) -> None:
         """Once a trigger is complete, bind the output to the grammar; to none if it has strayed already."""
         assert self._trigger is not None
@@ -268,6 +279,11 @@ class Sampler:
             if sampler is not None:
                 lib.llama_sampler_free(sampler)
         self._chain = self._grammar = None
+
+
+def draw_all(context: Any, wanted: Sequence[tuple[Sampler, int, Sequence[int]]]) -> list[tuple[Draw, ...]]:
+    """The runs of all sequences of a step, given as (sampler, batch index, draft)."""
+    return [sampler.draw_run(context, index, draft) for sampler, index, draft in wanted]
 
 
 def _suppressed(vocab: Any) -> list[int]:
