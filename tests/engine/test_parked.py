@@ -21,7 +21,7 @@ def n_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 class Books(RuleBasedStateMachine):
     """Whatever is parked, used and dropped: within the budget, least recently used first out."""
 
-    @initialize(budget=st.integers(0, 30), can_cut=st.booleans())
+    @initialize(budget=st.just(0) | st.integers(12, 40), can_cut=st.booleans())
     def begin(self, budget: int, can_cut: bool) -> None:
         self.parked = ParkedSequences(budget)
         self.can_cut = can_cut
@@ -96,6 +96,7 @@ class Books(RuleBasedStateMachine):
             with pytest.raises(KeyError):
                 forgotten(entry.key)
 
+    @precondition(lambda self: len(self.held) > 5)
     @rule()
     def clears(self) -> None:
         self.parked.clear()
@@ -119,6 +120,16 @@ def test_a_budget_of_nothing_takes_nothing() -> None:
         parked.add((1, 2), (), 0, can_cut=True)
     assert parked.find((1, 2), (), can_cut=True) == (0, None)
     assert parked.n_entries == 0
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    parked = ParkedSequences(3)
+    first, second, third = (parked.add((token,), (), 1, can_cut=True)[0].key for token in range(3))
+    parked.touch(first)
+    assert parked.room_for(2) == [second, third]
+    assert parked.add((3,), (), 1, can_cut=True)[1] == [second]
+    assert parked.room_for(2) == [third, first]
+    assert (parked.n_hits, parked.n_evictions) == (1, 1)
 
 
 def test_a_talk_that_went_on_replaces_its_past_before_others_go() -> None:

@@ -79,9 +79,9 @@ class Index(RuleBasedStateMachine):
         assert n_common == max(lengths, default=0)
         assert self.held[key] == prompt[:n_common] if covered else key == -1
 
-    @rule(tokens=FILLED)
+    @rule(tokens=SEQUENCES)
     def asks_for_one_that_covers(self, tokens: Tokens) -> None:
-        covering = {key for key, held in self.held.items() if held[: len(tokens)] == tokens}
+        covering = {key for key, held in self.held.items() if tokens and held[: len(tokens)] == tokens}
         answer = self.index.covering(tokens)
         assert answer in covering if covering else answer is None
 

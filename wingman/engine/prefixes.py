@@ -148,8 +148,8 @@ def _settle(parent: _Node, node: _Node, removed: _Entry) -> None:
 
 
 def _first_difference(held: Tokens, prompt: Tokens, start: int, stop: int) -> int:
-    """Where two sequences first differ in [start, stop), or the end of it or of the shorter of them."""
-    stop = min(stop, len(held), len(prompt))
+    """Where two sequences first differ in [start, stop), or the end of that or of the prompt."""
+    stop = min(stop, len(prompt))
     step = min(_BLOCK, stop - start)
     while step and start < stop:
         end = min(start + step, stop)
