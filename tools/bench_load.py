@@ -1,4 +1,4 @@
-"""A load of streaming completions over loopback, the numbers it gives, and the table of them.
+"""A load of streaming completions over loopback and the numbers it gives.
 
 The loop is closed: each client sends its next request when the last one has ended, so N clients
 keep at most N requests in flight and a slow server is not buried under a queue. Each event is
@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
-import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -29,14 +27,8 @@ LOOPBACK: Final = "127.0.0.1"
 _LINE_LIMIT: Final = 1 << 20
 _CHUNK_LIMIT: Final = 1 << 24
 _MAX_EVENTS: Final = 100_000
-_WORDS: Final = (
-    "the of and to in is that it for was on are with they be at one have this from had by word but what "
-    "some we can out other were all there when up use your how said each she which do their time if will "
-    "way about many then them write would like so these her long make thing see him two has look more day "
-    "could go come did number sound no most people over know water than call first who may down side been "
-    "now find any new work part take get place made live where after back little only round man year came "
-    "show every good me give our under name very through just form great think say help low line turn"
-).split()
+_BEGUN_EVENTS: Final = 8
+"""Events after which a stream counts as well under way."""
 
 
 class LoadFailure(Exception):
@@ -51,6 +43,11 @@ class Exchange:
     n_tokens: int
     first_token_ms: float
     gaps_ms: tuple[float, ...]
+    n_evaluated: int = 0
+    """Prompt tokens the server computed, by its own count."""
+    n_cached: int = 0
+    """Prompt tokens it had already."""
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +71,7 @@ class Summary:
     rss_mib: float
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One server at one level in one round."""
-
-    server: str
-    round: int
-    run: LevelRun
-    summary: Summary
-
-
 # -- load ----------------------------------------------------------------------------------------
-
-
-def make_prompts(seed: str, n_clients: int, n_requests: int, n_words: int) -> list[list[str]]:
-    """Prompts of plain words, one list for each client. Same arguments, same prompts; another seed
-    gives prompts that share no beginning worth caching."""
-    rng = random.Random(seed)
-    return [[" ".join(rng.choices(_WORDS, k=n_words)) for _ in range(n_requests)] for _ in range(n_clients)]
 
 
 def run_level(
@@ -104,7 +84,25 @@ def run_level(
     bodies = [
         [request_body(prompt, n_predict, cache_prompt=cache_prompt) for prompt in own] for own in prompts
     ]
-    return asyncio.run(_run_clients(port, bodies, timeout_s))
+    return play(_run_clients(port, bodies), timeout_s)
+
+
+def play(scenario: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    """Run what clients do in a loop of its own and return its result.
+
+    Raises LoadFailure when a request fails or all takes longer than `timeout_s` seconds.
+    """
+    return asyncio.run(_within(scenario, timeout_s))
+
+
+async def _within(scenario: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await scenario
+    except TimeoutError:
+        raise LoadFailure(f"the clients were not done after {timeout_s:.0f} s") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise LoadFailure(f"the connection broke: {error!r}") from error
 
 
 def request_body(prompt: str, n_predict: int, *, cache_prompt: bool) -> bytes:
@@ -120,18 +118,17 @@ def request_body(prompt: str, n_predict: int, *, cache_prompt: bool) -> bytes:
     return json.dumps(fields).encode()
 
 
-async def _run_clients(port: int, bodies: Sequence[Sequence[bytes]], timeout_s: float) -> LevelRun:
+async def _run_clients(port: int, bodies: Sequence[Sequence[bytes]]) -> LevelRun:
     started = time.perf_counter()
-    try:
-        async with asyncio.timeout(timeout_s):
-            answers = await asyncio.gather(*(_run_client(port, own) for own in bodies))
-    except TimeoutError:
-        raise LoadFailure(f"{len(bodies)} clients were not done after {timeout_s:.0f} s") from None
-    except (OSError, EOFError, ValueError) as error:
-        raise LoadFailure(f"the connection broke: {error!r}") from error
+    answers = await asyncio.gather(*(_run_client(port, own) for own in bodies))
     wall_s = time.perf_counter() - started
     exchanges = tuple(read_exchange(*answer) for own in answers for answer in own)
     return LevelRun(len(bodies), wall_s, exchanges)
+
+
+async def stream(port: int, body: bytes, begun: asyncio.Event | None = None) -> Exchange:
+    """One request of a scenario; `begun` is set when its answer is well under way."""
+    return read_exchange(*await _complete(port, body, begun))
 
 
 Stamped = list[tuple[float, bytes]]
@@ -142,7 +139,7 @@ async def _run_client(port: int, bodies: Sequence[bytes]) -> list[tuple[float, S
     return [await _complete(port, body) for body in bodies]
 
 
-async def _complete(port: int, body: bytes) -> tuple[float, Stamped]:
+async def _complete(port: int, body: bytes, begun: asyncio.Event | None = None) -> tuple[float, Stamped]:
     """When the request began, in seconds, and its events."""
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection(LOOPBACK, port, limit=_LINE_LIMIT)
@@ -153,6 +150,8 @@ async def _complete(port: int, body: bytes) -> tuple[float, Stamped]:
         events = []
         async for data in _events(_pieces(reader, is_chunked=is_chunked)):
             events.append((time.perf_counter(), data))
+            if begun is not None and len(events) == _BEGUN_EVENTS:
+                begun.set()
             if len(events) > _MAX_EVENTS:
                 raise LoadFailure(f"the stream has more than {_MAX_EVENTS} events")
         return started, events
@@ -211,18 +210,27 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 def read_exchange(started: float, events: Stamped) -> Exchange:
     """The measurements of one answer. Raises LoadFailure when it reports an error or has no end."""
-    texts: list[float] = []
+    texts: list[tuple[float, str]] = []
     last: dict[str, Any] = {}
     for came, data in events:
         last = _read_event(data)
         if last.get("content"):
-            texts.append(came)
+            texts.append((came, last["content"]))
     if not last.get("stop"):
         raise LoadFailure(f"the stream ended early, with {last}")
     if not texts:
         raise LoadFailure("the stream has no text")
-    gaps = tuple((after - before) * 1e3 for before, after in itertools.pairwise(texts))
-    return Exchange(last["tokens_evaluated"], last["tokens_predicted"], (texts[0] - started) * 1e3, gaps)
+    stamps = [came for came, _ in texts]
+    timings = last.get("timings", {})
+    return Exchange(
+        n_prompt=last["tokens_evaluated"],
+        n_tokens=last["tokens_predicted"],
+        first_token_ms=(stamps[0] - started) * 1e3,
+        gaps_ms=tuple((after - before) * 1e3 for before, after in itertools.pairwise(stamps)),
+        n_evaluated=timings.get("prompt_n", 0),
+        n_cached=timings.get("cache_n", 0),
+        text="".join(text for _, text in texts),
+    )
 
 
 def _read_event(data: bytes) -> dict[str, Any]:
@@ -262,66 +270,3 @@ def percentile(values: Sequence[float], share: float) -> float:
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def median_round(rounds: Sequence[Summary]) -> Summary:
-    """The round with the median throughput, the slower of the two middle ones if their number is even."""
-    return sorted(rounds, key=_throughput)[(len(rounds) - 1) // 2]
-
-
-def best_round(rounds: Sequence[Summary]) -> Summary:
-    """The round with the highest throughput."""
-    return max(rounds, key=_throughput)
-
-
-def _throughput(summary: Summary) -> float:
-    return summary.tokens_per_s
-
-
-def ratio(ours: Summary, theirs: Summary) -> Summary:
-    """Number by number, ours divided by theirs; NaN where theirs is 0."""
-    pairs = zip(dataclasses.astuple(ours), dataclasses.astuple(theirs), strict=True)
-    return Summary(*(mine / other if other else math.nan for mine, other in pairs))
-
-
-# -- table ---------------------------------------------------------------------------------------
-
-_COLUMNS: Final = {
-    "tokens_per_s": "tok/s",
-    "first_p50_ms": "TTFT p50",
-    "first_p95_ms": "TTFT p95",
-    "gap_p50_ms": "gap p50",
-    "gap_p95_ms": "gap p95",
-    "rss_mib": "RSS",
-}
-
-
-def format_table(
-    done: Sequence[Measurement], choose: Callable[[Sequence[Summary]], Summary], compared: tuple[str, str]
-) -> str:
-    """A row for each level and server of the round that `choose` picks, and one with the ratio of the
-    two servers `compared` where both were measured."""
-    lines = [_row("clients", "server", *_COLUMNS.values())]
-    for level in _distinct(result.run.n_clients for result in done):
-        chosen = {}
-        for name in _distinct(result.server for result in done):
-            rounds = [r.summary for r in done if (r.server, r.run.n_clients) == (name, level)]
-            if rounds:
-                chosen[name] = choose(rounds)
-                lines.append(_numbers(str(level), name, chosen[name], digits=1))
-        if set(compared) <= chosen.keys():
-            ratios = ratio(*(chosen[name] for name in compared))
-            lines.append(_numbers(str(level), "ratio", ratios, digits=3))
-    return "\n".join(lines)
-
-
-def _distinct(items: Iterable[T]) -> list[T]:
-    return list(dict.fromkeys(items))
-
-
-def _numbers(level: str, name: str, summary: Summary, digits: int) -> str:
-    return _row(level, name, *(f"{getattr(summary, column):.{digits}f}" for column in _COLUMNS))
-
-
-def _row(level: str, name: str, *cells: str) -> str:
-    return f"{level:>7}  {name:<13}" + "".join(f"{cell:>10}" for cell in cells)

@@ -31,7 +31,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from tools.bench_load import LOOPBACK, LoadFailure, Summary, make_prompts, percentile, run_level, summarize
+from tools.bench_load import LOOPBACK, LoadFailure, Summary, percentile, run_level, summarize
+from tools.bench_prompts import make_prompts
 from tools.bench_serve import WINGMAN, BenchFailure, Contender, RunningServer, Settings, running
 
 PROBE_S: Final = 0.02

