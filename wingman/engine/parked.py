@@ -88,17 +88,14 @@ class ParkedSequences:
         """How many first tokens of `prompt` an entry can serve, and that entry; (0, None) without any.
 
         Leave out the tokens that must be computed anyway, such as a prompt's last. Counts nothing and
-        moves nothing: `touch` the entry that is used.
+        moves nothing: `touch` the entry that is used. Where all of a sequence is found, parking it would
+        add nothing.
         """
         if lora not in self._indexes:
             return 0, None
         index = self._indexes[lora]
         n_common, key = index.longest(prompt) if can_cut else index.whole(prompt)
         return n_common, self._entries.get(key)
-
-    def covers(self, tokens: tuple[int, ...], lora: tuple[float, ...], can_cut: bool) -> bool:
-        """Whether an entry serves all of a sequence already, so that parking it would add nothing."""
-        return self.find(tokens, lora, can_cut)[0] == len(tokens)
 
     def touch(self, key: int) -> None:
         """An entry is used: it is the last to go now. KeyError when it is not there."""
