@@ -47,6 +47,7 @@ from tools.bench_servers import (
 _N_TALKS: Final = 24
 _N_TALK_TURNS: Final = 3
 _LONG_WORDS: Final = 1500
+_STREAM_TOKENS: Final = 192
 _NEWCOMER_TOKENS: Final = 16
 _SHORT_WORDS: Final = 10
 _SHORT_TOKENS: Final = 8
@@ -204,7 +205,8 @@ async def _interrupt(turn: Turn) -> tuple[Exchange, ...]:
         return await stream(turn.port, turn.body(long, _NEWCOMER_TOKENS))
 
     streams = [
-        stream(turn.port, turn.body(prompt), event) for (prompt,), event in zip(prompts, begun, strict=True)
+        stream(turn.port, turn.body(prompt, _STREAM_TOKENS), event)
+        for (prompt,), event in zip(prompts, begun, strict=True)
     ]
     return tuple(await asyncio.gather(*streams, newcomer()))
 
