@@ -11,7 +11,7 @@ import asyncio
 import functools
 import random
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,13 +72,13 @@ class Speaker(ScriptedRunner):
         self._n_said |= {start.slot_id: 0 for start in batch.samplers}
         return super().run(batch)
 
-    def choose(self, slot_id: int) -> int:
+    def choose(self, slot_id: int, held: Sequence[int]) -> int:
         """The next byte of the text, then noise or the end."""
         n_said = self._n_said[slot_id]
         self._n_said[slot_id] += 1
         if n_said < len(self.text):
             return 3 + self.text[n_said]
-        return super().choose(slot_id) if self.rambles else EOS
+        return super().choose(slot_id, held) if self.rambles else EOS
 
 
 class Served:

@@ -109,7 +109,10 @@ class ContextConfig:
     context_shift: bool = option(False, "--context-shift", env="LLAMA_ARG_CONTEXT_SHIFT",
         help="when a slot's context is full, forget its oldest half and go on")  # fmt: skip
     cache_prompt: bool = option(True, "--cache-prompt", env="LLAMA_ARG_CACHE_PROMPT",
-        help="reuse what a slot already computed for a common beginning")  # fmt: skip
+        help="reuse what was already computed for a common beginning")  # fmt: skip
+    cache_ram: int | None = option(None, "-cram", "--cache-ram", env="LLAMA_ARG_CACHE_RAM", parse=int,
+        metavar="MIB", help="most host memory for conversations that left their slot; 0: none, -1: no limit "
+        "(default: an eighth of what is free, 8192 at most)")  # fmt: skip
     slot_prompt_similarity: float = option(0.1, "-sps", "--slot-prompt-similarity", metavar="SHARE",
         help="least share of a prompt a slot must hold to be chosen for it; 0: off")  # fmt: skip
     n_predict: int = option(-1, "-n", "--predict", "--n-predict", env="LLAMA_ARG_N_PREDICT", metavar="N",
@@ -343,6 +346,7 @@ _BOUNDS: Final = {
     "batch_size": (1, 2**20),
     "ubatch_size": (1, 2**20),
     "max_step_ms": (1, 60_000),
+    "cache_ram": (-1, 2**40),
     "threads": (0, 1024),
     "threads_batch": (0, 1024),
     "n_predict": (-1, 2**31 - 1),
@@ -420,7 +424,7 @@ def check_bounds(group: object) -> None:
     for record in dataclasses.fields(cast("Any", group)):
         value = getattr(group, record.name)
         low, high = _BOUNDS.get(record.name, (None, None))
-        if low is not None and high is not None and not low <= value <= high:
+        if value is not None and low is not None and high is not None and not low <= value <= high:
             flag = option_of(record).flags[-1]
             raise ConfigurationError(f"{flag} must be from {low} to {high}, not {value}")
     if isinstance(group, ContextConfig) and group.batch_size < group.parallel:

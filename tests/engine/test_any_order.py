@@ -135,8 +135,8 @@ class AnyOrder(RuleBasedStateMachine):
     def the_scheduler_knows_what_the_cache_holds(self) -> None:
         scheduler = self.machine.scheduler
         scheduler.check_integrity()
-        if not scheduler._kv:
-            held = [list(slot.tokens) for slot in scheduler._pool.slots]
+        if not scheduler._cache.has_ops:
+            held = [list(slot.tokens) for slot in scheduler._cache.slots]
             assert [[entry % 300 for entry in cache] for cache in self.machine.runner.cache] == held
 
     @invariant()
@@ -161,7 +161,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert [token for delta in deltas for token in delta.tokens] == list(end.tokens)
             self._check_evaluations(job)
         assert all(not slot.is_busy for slot in self.machine.scheduler.snapshot().slots)
-        assert not any(slot.is_reserved for slot in self.machine.scheduler._pool.slots)
+        assert not any(slot.is_reserved for slot in self.machine.scheduler._cache.slots)
 
     def _finished(self) -> set[int]:
         return {event.job_id for event in self.machine.events if isinstance(event, Finished)}
@@ -216,13 +216,35 @@ class AnyOrderUnified(AnyOrder):
 class AnyOrderNoRollback(AnyOrder):
     """A cache that can't forget its last tokens."""
 
-    limits = {"can_rollback": False}
+    limits = {"can_rollback": False, "min_shared": 1, "parked_bytes": 400}
 
 
-SETTINGS = settings(max_examples=120, stateful_step_count=40, deadline=None, report_multiple_bugs=False)
-AnyOrder.TestCase.settings = AnyOrderUnified.TestCase.settings = AnyOrderNoRollback.TestCase.settings = (
-    SETTINGS
-)
+class AnyOrderWindow(AnyOrder):
+    """A cache that can forget its last tokens while it holds few."""
+
+    limits = {"can_rollback": False, "n_window": 12, "min_shared": 2, "parked_bytes": 400}
+
+
+class AnyOrderShared(AnyOrder):
+    """Every prefix is shared, and host memory holds a few sequences."""
+
+    limits = {"min_shared": 1, "parked_bytes": 400}
+
+
+class AnyOrderUnifiedShared(AnyOrderUnified):
+    """The same in a cache that all share."""
+
+    limits = {"n_ctx": 2 * N_CTX_SLOT, "is_unified": True, "min_shared": 2, "parked_bytes": 600}
+
+
+SETTINGS = settings(max_examples=80, stateful_step_count=40, deadline=None, report_multiple_bugs=False)
+for case in (
+    AnyOrder, AnyOrderUnified, AnyOrderNoRollback, AnyOrderWindow, AnyOrderShared, AnyOrderUnifiedShared
+):  # fmt: skip
+    case.TestCase.settings = SETTINGS
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrderUnified = AnyOrderUnified.TestCase
 TestAnyOrderNoRollback = AnyOrderNoRollback.TestCase
+TestAnyOrderWindow = AnyOrderWindow.TestCase
+TestAnyOrderShared = AnyOrderShared.TestCase
+TestAnyOrderUnifiedShared = AnyOrderUnifiedShared.TestCase

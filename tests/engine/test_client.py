@@ -143,7 +143,7 @@ class Endless(ScriptedRunner):
     def run(self, batch: Any) -> Any:
         time.sleep(0.001)  # as a real step would, so that the loop gets its turn
         samples = super().run(batch)
-        return Samples({slot: max(token, 3) for slot, token in samples.tokens.items()})
+        return Samples({slot: [max(token, 3) for token in run] for slot, run in samples.tokens.items()})
 
 
 class Gated(ScriptedRunner):

@@ -166,7 +166,7 @@ def test_idle_slots_make_room_for_a_restore_in_a_shared_cache() -> None:
     machine.change(3, 1, SlotMove.RESTORE, tokens=saved.tokens, state=saved.state)
     machine.run()
     assert machine.changed(3).tokens == saved.tokens
-    assert [len(slot.tokens) for slot in machine.scheduler._pool.slots] == [0, len(saved.tokens)]
+    assert [len(slot.tokens) for slot in machine.scheduler._cache.slots] == [0, len(saved.tokens)]
 
 
 def test_the_end_refuses_changes_and_finishes_answers() -> None:

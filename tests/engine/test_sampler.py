@@ -60,9 +60,9 @@ def generate(
         if 0 in samples.stuck:
             output.ending = "stuck"
             break
-        tokens = (samples.tokens[0],)
+        tokens = tuple(samples.tokens[0])
         output.tokens += tokens
-        output.probs += samples.probs.values()
+        output.probs += samples.probs.get(0, ())
         if runner.tokenizer.is_eog(tokens[0]):
             output.ending = "eos"
             break
@@ -207,8 +207,8 @@ def test_probabilities_before_sampling_are_the_softmax_of_the_logits(runner: Lla
     pointer = lib.llama_get_logits_ith(runner._context.handle, -1)
     logits = np.ctypeslib.as_array(pointer, (runner.info.n_vocab,)).astype(np.float64)
     expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-    prob = samples.probs[0]
-    assert prob.token == samples.tokens[0] == int(logits.argmax())
+    (prob,) = samples.probs[0]
+    assert [prob.token] == samples.tokens[0] == [int(logits.argmax())]
     assert prob.value == pytest.approx(expected[prob.token], abs=1e-4)
     order = np.argsort(-expected, kind="stable")[:5]
     assert [token for token, _ in prob.top] == order.tolist()
@@ -249,13 +249,13 @@ def test_forks_say_what_they_would_say_alone(runner: LlamaRunner) -> None:
     starts = tuple(SamplerStart(slot, params, PROMPT) for slot, params in seeds.items())
     kv = (KvRemove(0, 0), KvRemove(1, 0))
     samples = runner.run(Batch(kv, starts, (Chunk(0, 1, PROMPT, 0, True),), 0.0, (Fork(0, 1, 2),)))
-    said = {slot: [samples.tokens[slot]] for slot in seeds}
+    said = {slot: [*samples.tokens[slot]] for slot in seeds}
     while min(map(len, said.values())) < min(6, *map(len, alone.values())):
         at = len(PROMPT) + len(said[0]) - 1
         chunks = tuple(Chunk(slot, slot, (tokens[-1],), at, True) for slot, tokens in said.items())
         samples = runner.run(Batch((), (), chunks, 0.0))
         for slot in seeds:
-            said[slot].append(samples.tokens[slot])
+            said[slot] += samples.tokens[slot]
     for slot in seeds:
         assert said[slot] == alone[slot][: len(said[slot])]
 

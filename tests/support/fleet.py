@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class FleetRunner(ScriptedRunner):
             raise RuntimeError("out of order")
         return super().run(batch)
 
-    def choose(self, slot_id: int) -> int:
+    def choose(self, slot_id: int, held: Sequence[int]) -> int:
         return 3 + ord("x")
 
     def reset(self) -> None:

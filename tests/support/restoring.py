@@ -52,7 +52,7 @@ def step(runner: LlamaRunner, slot: int, tokens: tuple[int, ...], position: int)
     """Add tokens to a slot; the one that follows."""
     start = SamplerStart(slot, SamplingParams(temperature=0.0), ())
     chunk = Chunk(slot, 1, tokens, position, wants_sample=True)
-    return runner.run(Batch((), (start,), (chunk,), 0.0)).tokens[slot]
+    return runner.run(Batch((), (start,), (chunk,), 0.0)).tokens[slot][0]
 
 
 def main(model: str, seed: str, count: str, *flags: str) -> None:

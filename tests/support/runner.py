@@ -12,7 +12,21 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from wingman.config import SamplingParams
-from wingman.engine.runner import Batch, KvRemove, KvShift, RunnerFailure, SamplerStart, Samples, Tokenizer
+from wingman.engine.runner import (
+    Batch,
+    Chunk,
+    KvCopy,
+    KvDrop,
+    KvOp,
+    KvPark,
+    KvRemove,
+    KvRestore,
+    KvShift,
+    RunnerFailure,
+    SamplerStart,
+    Samples,
+    Tokenizer,
+)
 from wingman.engine.types import Constraint, EmbeddingInfo, ModelInfo, PoolingType, TokenProb
 
 N_VOCAB = 300
@@ -92,6 +106,8 @@ class ScriptedRunner:
         self.n_ctx = n_ctx or n_slots * n_ctx_slot
         self.n_batch = self.n_ubatch = n_batch
         self.can_rollback = True
+        self.n_window = 0
+        self.parked: dict[int, list[int]] = {}
         self.samplers: dict[int, SamplerStart] = {}
         self.fail_at: set[int] = set()
         self.n_steps = 0
@@ -106,43 +122,83 @@ class ScriptedRunner:
         if self.n_steps in self.fail_at:
             raise RunnerFailure("scripted")
         for op in batch.kv:
-            cache = self.cache[op.slot_id]
-            if isinstance(op, KvRemove):
-                del cache[op.start : None if op.end < 0 else op.end]
-            else:
-                assert isinstance(op, KvShift)
-                assert op.start + op.delta >= 0
+            self._edit(op)
+            assert sum(map(len, self.cache)) <= self.n_ctx
         self.samplers |= {start.slot_id: start for start in batch.samplers}
         assert 0 <= batch.n_tokens <= self.n_batch
         self.n_computed += batch.n_tokens
-        wanted = []
+        wanted: dict[int, Chunk] = {}
         for chunk in batch.chunks:
             cache = self.cache[chunk.slot_id]
             assert len(chunk.tokens) > 0
             assert chunk.position == len(cache), "positions must follow what the cache holds"
             cache.extend(entries(chunk.tokens, batch.lora))
             assert len(cache) <= self.info.n_ctx_slot
-            wanted += [chunk.slot_id] * chunk.wants_sample
+            if chunk.wants_sample:
+                wanted[chunk.slot_id] = chunk
         for fork in batch.forks:
             assert not self.cache[fork.target], "a fork goes into an empty slot"
             self.cache[fork.target] = list(self.cache[fork.source])
-            wanted += [fork.target] * (fork.source in wanted)
+            if fork.source in wanted:
+                wanted[fork.target] = wanted[fork.source]
         assert sum(map(len, self.cache)) <= self.n_ctx
         return self._sample(wanted)
 
-    def _sample(self, slots: list[int]) -> Samples:
-        stuck = {slot for slot in slots if self.samplers[slot].constraint and is_stuck(self.cache[slot])}
-        tokens = {slot: -1 if slot in stuck else self.choose(slot) for slot in slots}
+    def _edit(self, op: KvOp) -> None:
+        """A cache that can't be cut is only ever emptied."""
+        match op:
+            case KvRemove(slot_id, start, end):
+                assert self._can_cut(self.cache[slot_id], start)
+                del self.cache[slot_id][start : None if end < 0 else end]
+            case KvShift():
+                assert op.start + op.delta >= 0
+            case KvCopy(source, target, n_tokens):
+                self._fill(target, self.cache[source], n_tokens)
+            case KvPark(slot_id, key):
+                assert key not in self.parked
+                self.parked[key] = list(self.cache[slot_id])
+            case KvRestore(key, slot_id, n_tokens):
+                self._fill(slot_id, self.parked[key], n_tokens)
+            case KvDrop(key):
+                del self.parked[key]
+
+    def _can_cut(self, held: list[int], n_kept: int) -> bool:
+        return self.can_rollback or n_kept in (0, len(held)) or len(held) <= self.n_window
+
+    def _fill(self, slot_id: int, held: list[int], n_tokens: int) -> None:
+        assert n_tokens <= len(held)
+        assert n_tokens == len(held) or self._can_cut(held, n_tokens)
+        self.cache[slot_id] = held[:n_tokens]
+
+    def _sample(self, wanted: dict[int, Chunk]) -> Samples:
+        tokens: dict[int, list[int]] = {}
+        stuck = set()
+        for slot_id, chunk in wanted.items():
+            is_last = False
+            n_held = len(self.cache[slot_id]) - chunk.n_draft
+            draft = list(chunk.tokens[len(chunk.tokens) - chunk.n_draft :]) if chunk.n_draft else []
+            tokens[slot_id] = []
+            while not is_last:
+                held = self.cache[slot_id][: n_held + len(tokens[slot_id])]
+                if self.samplers[slot_id].constraint and is_stuck(held):
+                    stuck.add(slot_id)
+                    break
+                token = self.choose(slot_id, held)
+                is_last = draft[len(tokens[slot_id]) : len(tokens[slot_id]) + 1] != [token]
+                tokens[slot_id].append(token)
         probs = {
-            slot: TokenProb(token, -0.5, tuple((token, -0.5) for _ in range(self.samplers[slot].n_probs)))
-            for slot, token in tokens.items()
-            if self.samplers[slot].n_probs and slot not in stuck
+            slot_id: [TokenProb(t, -0.5, ((t, -0.5),) * self.samplers[slot_id].n_probs) for t in run]
+            for slot_id, run in tokens.items()
+            if self.samplers[slot_id].n_probs
         }
         return Samples(tokens, probs, frozenset(stuck))
 
-    def choose(self, slot_id: int) -> int:
-        """The token a slot gets; what tests replace."""
-        return next_token(self.cache[slot_id])
+    def choose(self, slot_id: int, held: Sequence[int]) -> int:
+        """The token that follows what a slot holds; what tests replace."""
+        return next_token(held)
+
+    def slot_bytes(self, slot_id: int) -> int:
+        return 4 * len(self.cache[slot_id])
 
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         assert sum(map(len, inputs)) <= N_EMBED
@@ -163,6 +219,7 @@ class ScriptedRunner:
 
     def reset(self) -> None:
         self.cache = [[] for _ in self.cache]
+        self.parked.clear()
         self.samplers.clear()
 
     def close(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tests.support.runner import ScriptedRunner
 from wingman.config import SamplingParams
+from wingman.engine.limits import SchedulerLimits
 from wingman.engine.runner import Batch, RunnerFailure
-from wingman.engine.scheduler import Scheduler, SchedulerLimits
+from wingman.engine.scheduler import Scheduler
 from wingman.engine.types import FailureKind, Finished, Job, JobEvent, SlotChanged, SlotJob, SlotMove
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -21,7 +22,13 @@ class Machine:
             "n_slots": n_slots, "n_ctx_slot": n_ctx_slot, "n_ctx_total": self.runner.n_ctx,
             "n_batch": n_batch, "n_ubatch": n_batch, **limits,
         }  # fmt: skip
-        self.scheduler = Scheduler(SchedulerLimits(**fields), self.runner.tokenizer)  # type: ignore[arg-type]
+        self.runner.can_rollback = bool(limits.get("can_rollback", True))
+        self.runner.n_window = int(limits.get("n_window", 0))  # type: ignore[call-overload]
+        self.scheduler = Scheduler(
+            SchedulerLimits(**fields),  # type: ignore[arg-type]
+            self.runner.tokenizer,
+            self.runner.slot_bytes,
+        )
         self.now = 0.0
         self.events: list[JobEvent] = []
         self.batches: list[Batch] = []
@@ -33,7 +40,7 @@ class Machine:
 
     def change(self, job_id: int, slot_id: int, move: SlotMove, **fields: object) -> SlotJob:
         job = SlotJob(job_id, slot_id, move, **fields)  # type: ignore[arg-type]
-        self.scheduler.add_slot_job(job)
+        self.scheduler.slot_jobs.add(job)
         return job
 
     def step(self, cancel: int | None = None, fails: bool = False) -> Batch | None:
@@ -55,15 +62,16 @@ class Machine:
         self.events += self.scheduler.take_events()
 
     def _change_slots(self) -> None:
-        while (job := self.scheduler.next_slot_job()) is not None:
+        jobs = self.scheduler.slot_jobs
+        while (job := jobs.next()) is not None:
             if job.move is SlotMove.SAVE:
-                self.scheduler.finish_slot_job(job, self.runner.save_slot(job.slot_id))
+                self.scheduler.post(jobs.finish(job, self.runner.save_slot(job.slot_id)))
             elif job.move is SlotMove.RESTORE and not self.runner.restore_slot(
                 job.slot_id, job.state, len(job.tokens)
             ):
-                self.scheduler.refuse_slot_job(job, FailureKind.INVALID, "damaged")
+                self.scheduler.post(jobs.refuse(job, FailureKind.INVALID, "damaged"))
             else:
-                self.scheduler.finish_slot_job(job)
+                self.scheduler.post(jobs.finish(job))
 
     def _run(self, batch: Batch, cancel: int | None) -> None:
         try:

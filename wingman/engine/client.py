@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.admission import Admission
+from wingman.engine.limits import SchedulerLimits
 from wingman.engine.runner import OnProgress, Runner, SamplerParts, Tokenizer
-from wingman.engine.scheduler import Scheduler, SchedulerLimits
+from wingman.engine.scheduler import Scheduler
 from wingman.engine.stream import JobStream, failure
 from wingman.engine.thread import EngineThread, Loaded, Loading, Message, Stopped
 from wingman.engine.types import (
@@ -60,6 +61,7 @@ N_WORKERS = 2
 """Threads that tokenise and render; the calls release the GIL or are short."""
 BULK_BYTES = 64 * 1024
 """Text work on more than this has a thread of its own: a huge prompt must not delay the small ones."""
+_NO_LIMIT = 1 << 62
 END_GRACE_S = 5.0
 """How long ended jobs get to be delivered before the engine is shut down regardless."""
 
@@ -155,7 +157,7 @@ class Engine:
         return self._make_runner(self._model, self._context, on_progress)
 
     def _new_scheduler(self, runner: Runner) -> Scheduler:
-        return Scheduler(_limits(runner, self._context), runner.tokenizer)
+        return Scheduler(_limits(runner, self._context), runner.tokenizer, runner.slot_bytes)
 
     # -- jobs ---------------------------------------------------------------------------------
 
@@ -371,4 +373,12 @@ def _limits(runner: Runner, context: ContextConfig) -> SchedulerLimits:
         shifts_context=context.context_shift and info.can_shift,
         adds_bos=info.adds_bos,
         can_rollback=runner.can_rollback,
+        n_window=runner.n_window,
+        parked_bytes=_cache_ram_bytes(context),
     )
+
+
+def _cache_ram_bytes(context: ContextConfig) -> int:
+    """Budget of what is parked; who wants a default fills it in."""
+    n_mib = context.cache_ram or 0
+    return _NO_LIMIT if n_mib < 0 else n_mib << 20

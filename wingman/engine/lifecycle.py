@@ -27,6 +27,8 @@ class JobMove(enum.Enum):
     """A slot was given to it."""
     SAMPLE = enum.auto()
     """Its prompt is evaluated and a token may be sampled."""
+    PREEMPT = enum.auto()
+    """Its cache was taken from it; it is to be evaluated again."""
     FINISH = enum.auto()
     CANCEL = enum.auto()
     FAIL = enum.auto()
@@ -37,6 +39,8 @@ TRANSITIONS: Final = {
     (JobState.QUEUED, JobMove.CANCEL): JobState.CANCELLED,
     (JobState.QUEUED, JobMove.FAIL): JobState.FAILED,
     (JobState.PREFILL, JobMove.SAMPLE): JobState.DECODE,
+    (JobState.PREFILL, JobMove.PREEMPT): JobState.PREFILL,
+    (JobState.DECODE, JobMove.PREEMPT): JobState.PREFILL,
     (JobState.PREFILL, JobMove.FINISH): JobState.FINISHED,
     (JobState.PREFILL, JobMove.CANCEL): JobState.CANCELLED,
     (JobState.PREFILL, JobMove.FAIL): JobState.FAILED,

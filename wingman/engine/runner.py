@@ -47,7 +47,40 @@ class KvShift:
     delta: int
 
 
-KvOp = KvRemove | KvShift
+@dataclass(frozen=True, slots=True)
+class KvCopy:
+    """Replace what slot `target` holds by the first `n_tokens` tokens of slot `source`."""
+
+    source: int
+    target: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvPark:
+    """Keep a copy of a slot in host memory under `key`."""
+
+    slot_id: int
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvRestore:
+    """Replace what a slot holds by the first `n_tokens` tokens parked under `key`, which stay parked."""
+
+    key: int
+    slot_id: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvDrop:
+    """Free what is parked under `key`."""
+
+    key: int
+
+
+KvOp = KvRemove | KvShift | KvCopy | KvPark | KvRestore | KvDrop
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +107,18 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one slot at consecutive positions; a token is sampled after the last if asked."""
+    """Tokens of one slot at consecutive positions; a token is sampled after the last if asked.
+
+    The last `n_draft` tokens are guesses: a token is sampled before each, and as long as it is the one
+    guessed, the next.
+    """
 
     slot_id: int
     job_id: int
     tokens: Sequence[int]
     position: int
     wants_sample: bool
+    n_draft: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +143,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What a step sampled, by slot id. `stuck` slots got no token: their grammar allows none."""
+    """What a step sampled, by slot id: a token, and more where drafts were right, in order. The grammar
+    of `stuck` slots allows no further token."""
 
-    tokens: Mapping[int, int]
-    probs: Mapping[int, TokenProb] = field(default_factory=dict)
+    tokens: Mapping[int, Sequence[int]]
+    probs: Mapping[int, Sequence[TokenProb]] = field(default_factory=dict)
     stuck: frozenset[int] = frozenset()
     sample_s: float = 0.0
     """Time that choosing the tokens took."""
@@ -167,12 +206,19 @@ class Runner(Protocol):
     def can_rollback(self) -> bool:
         """Whether the cache can drop the last tokens of a slot."""
 
+    @property
+    def n_window(self) -> int:
+        """A slot that holds no more tokens can drop the last ones even so."""
+
     def run(self, batch: Batch) -> Samples:
         """Compute a batch. Raises RunnerFailure."""
 
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens where
         the model allows it: [] after each but the last. Raises RunnerFailure."""
+
+    def slot_bytes(self, slot_id: int) -> int:
+        """Size of the serialised cache of a slot."""
 
     def save_slot(self, slot_id: int) -> bytes:
         """The serialised cache of a slot."""

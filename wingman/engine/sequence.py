@@ -6,6 +6,8 @@ sampled token into text and decides whether generation goes on.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from wingman.engine.detokenizer import Detokenizer
 from wingman.engine.lifecycle import JobMove, JobState, advance
 from wingman.engine.runner import Vocabulary
@@ -23,9 +25,20 @@ class Sequence:
         self.first_token_at = 0.0
         self.last_token_at = 0.0
         self.slot_id = -1
+        self.prompt = job.prompt
+        """What must be in the cache before a token is sampled: after a preemption all that was there."""
+        self.n_filled = 0
+        """How much of `prompt` is there."""
+        self.is_preempted = False
+        self.is_settled = False
+        """Whether it has taken over the longest cached prefix; until then its slot holds something else."""
+        self.awaited: tuple[Sequence, int] | None = None
+        """Who is about to compute so many tokens that begin this prompt too."""
         self.n_processed = 0
-        """Prompt tokens in the cache, the reused ones included."""
+        """Tokens of the job's prompt in the cache, the reused ones included."""
         self.n_cached = 0
+        self.n_drafted = 0
+        self.n_accepted = 0
         self.leader: Sequence | None = None
         """The sequence whose prompt evaluation this one waits for and then copies."""
         self.forks: list[Sequence] = []
@@ -46,17 +59,55 @@ class Sequence:
         """Advance the state by its table."""
         self.state = advance(self.state, what)
 
-    def place(self, slot_id: int, n_cached: int, now: float) -> None:
-        """A slot was found; `n_cached` prompt tokens need no evaluation."""
+    def place(self, slot_id: int, now: float) -> None:
+        """A slot was found."""
         self.move(JobMove.PLACE)
         self.slot_id = slot_id
-        self.n_cached = self.n_processed = n_cached
         self.started_at = now
+
+    def settle(self, n_cached: int) -> None:
+        """The slot holds the first `n_cached` tokens of the prompt and nothing else."""
+        self.is_settled = True
+        self.is_preempted = False
+        self.awaited = None
+        self.n_filled = n_cached
+        if not self.output:
+            self.n_cached = self.n_processed = n_cached
+
+    def fill(self, n_tokens: int) -> None:
+        """So many more tokens of the prompt are in the cache."""
+        self.n_filled += n_tokens
+        if not self.output:
+            self.n_processed += n_tokens
+
+    def preempt(self, held: Iterable[int]) -> None:
+        """The cache is taken from it; it held `held`."""
+        if self.state is JobState.DECODE:
+            self.prompt = tuple(held)
+        self.move(JobMove.PREEMPT)
+        self.is_preempted = True
+        self.unsettle()
+
+    def unsettle(self) -> None:
+        """Nothing of the prompt is in the cache any more."""
+        self.is_settled = False
+        self.awaited = None
+        self.n_filled = 0
+        if not self.output:
+            self.n_processed = self.n_cached = 0
+
+    @property
+    def is_awaiting(self) -> bool:
+        """Whether another sequence is still computing what this one will take over."""
+        if self.awaited is None:
+            return False
+        other, n_tokens = self.awaited
+        return other.state is JobState.PREFILL and other.n_filled < n_tokens
 
     @property
     def n_prompt_left(self) -> int:
-        """Prompt tokens still to be evaluated."""
-        return len(self.job.prompt) - self.n_processed
+        """Tokens still to be evaluated before the next is sampled."""
+        return len(self.prompt) - self.n_filled
 
     def follow(self, leader: Sequence) -> None:
         """Wait for `leader` to evaluate the prompt that both have."""
@@ -156,6 +207,8 @@ class Sequence:
             prompt_ms=prompt_s * 1000,
             predicted_n=len(self.output),
             predicted_ms=predicted_s * 1000,
+            draft_n=self.n_drafted,
+            draft_n_accepted=self.n_accepted,
         )
 
     def finished(self, n_held: int) -> Finished:

@@ -40,8 +40,12 @@ class EngineStats:
     """Everything the engine counts."""
 
     __slots__ = (
+        "draft_tokens",
+        "draft_tokens_accepted",
         "first_token",
         "n_busy_slots_total",
+        "n_drafts",
+        "n_preemptions",
         "n_steps",
         "n_tokens_max",
         "predicted_seconds",
@@ -63,6 +67,10 @@ class EngineStats:
         self.predicted_tokens = 0
         self.predicted_seconds = 0.0
         self.sample_seconds = 0.0
+        self.n_preemptions = 0
+        self.n_drafts = 0
+        self.draft_tokens = 0
+        self.draft_tokens_accepted = 0
         self.n_tokens_max = 0
         self.first_token = Histogram(FIRST_TOKEN_BOUNDS_S)
         self.token_gap = Histogram(TOKEN_GAP_BOUNDS_S)

@@ -190,7 +190,7 @@ class EngineThread:
                     case Embed(job):
                         embeddings.add(job)
                     case ChangeSlot(job):
-                        scheduler.add_slot_job(job)
+                        scheduler.slot_jobs.add(job)
                     case Cancel(job_id):
                         scheduler.cancel(job_id)
                         embeddings.cancel(job_id)
@@ -247,23 +247,23 @@ class EngineThread:
 
     def _change_slots(self, runner: Runner, scheduler: Scheduler) -> None:
         """Save, restore and erase what is idle."""
-        while (job := scheduler.next_slot_job()) is not None:
+        while (job := scheduler.slot_jobs.next()) is not None:
             try:
                 self._change_slot(job, runner, scheduler)
             except Exception:
                 log.exception("slot %d could not be changed", job.slot_id)
-                scheduler.refuse_slot_job(job, FailureKind.ENGINE, _FAILED_STEP)
+                scheduler.post(scheduler.slot_jobs.refuse(job, FailureKind.ENGINE, _FAILED_STEP))
 
     def _change_slot(self, job: SlotJob, runner: Runner, scheduler: Scheduler) -> None:
         if job.move is SlotMove.SAVE:
-            scheduler.finish_slot_job(job, runner.save_slot(job.slot_id))
+            scheduler.post(scheduler.slot_jobs.finish(job, runner.save_slot(job.slot_id)))
         elif job.move is SlotMove.RESTORE and not runner.restore_slot(
             job.slot_id, job.state, len(job.tokens)
         ):
             message = "the file was saved from another model or is damaged; the slot is empty now"
-            scheduler.refuse_slot_job(job, FailureKind.INVALID, message)
+            scheduler.post(scheduler.slot_jobs.refuse(job, FailureKind.INVALID, message))
         else:
-            scheduler.finish_slot_job(job)
+            scheduler.post(scheduler.slot_jobs.finish(job))
 
     def _flush(self, scheduler: Scheduler, embeddings: EmbeddingQueue) -> None:
         """Post what happened: one wake-up of the loop, none when nothing did."""

@@ -162,10 +162,14 @@ class Timings:
     prompt_ms: float
     predicted_n: int
     predicted_ms: float
+    draft_n: int = 0
+    """Tokens guessed ahead, and how many of them were right."""
+    draft_n_accepted: int = 0
 
     def to_dict(self) -> dict[str, float]:
         """The `timings` object of the API. Never NaN, never infinite."""
         steps = max(self.predicted_n - 1, 0)
+        drafts = {"draft_n": self.draft_n, "draft_n_accepted": self.draft_n_accepted} if self.draft_n else {}
         return {
             "cache_n": self.cache_n,
             "prompt_n": self.prompt_n,
@@ -176,6 +180,7 @@ class Timings:
             "predicted_ms": self.predicted_ms,
             "predicted_per_token_ms": self.predicted_ms / steps if steps else 0.0,
             "predicted_per_second": 1e3 / self.predicted_ms * steps if self.predicted_ms > 0 else 0.0,
+            **drafts,
         }
 
 
@@ -324,6 +329,14 @@ class Snapshot:
     predicted_tokens_total: int = 0
     predicted_seconds_total: float = 0.0
     sample_seconds_total: float = 0.0
+    n_preemptions_total: int = 0
+    n_drafts_total: int = 0
+    draft_tokens_total: int = 0
+    draft_tokens_accepted_total: int = 0
+    parked_bytes: int = 0
+    parked_budget_bytes: int = 0
+    n_parked: int = 0
+    """Sequences kept in host memory."""
     n_tokens_max: int = 0
     first_token: HistogramView | None = None
     token_gap: HistogramView | None = None

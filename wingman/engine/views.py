@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from wingman.engine.parked import ParkedSequences
 from wingman.engine.slots import Slot
 from wingman.engine.stats import EngineStats
 from wingman.engine.types import SlotView, Snapshot
 
 
-def snapshot_of(slots: Iterable[Slot], n_waiting: int, stats: EngineStats) -> Snapshot:
+def snapshot_of(
+    slots: Iterable[Slot], parked: ParkedSequences, n_waiting: int, stats: EngineStats
+) -> Snapshot:
     """The engine at the end of a step; a few microseconds."""
     return Snapshot(
         slots=tuple(_view(slot) for slot in slots),
@@ -22,6 +25,13 @@ def snapshot_of(slots: Iterable[Slot], n_waiting: int, stats: EngineStats) -> Sn
         predicted_tokens_total=stats.predicted_tokens,
         predicted_seconds_total=stats.predicted_seconds,
         sample_seconds_total=stats.sample_seconds,
+        n_preemptions_total=stats.n_preemptions,
+        n_drafts_total=stats.n_drafts,
+        draft_tokens_total=stats.draft_tokens,
+        draft_tokens_accepted_total=stats.draft_tokens_accepted,
+        parked_bytes=parked.n_bytes,
+        parked_budget_bytes=parked.budget_bytes,
+        n_parked=parked.n_entries,
         n_tokens_max=stats.n_tokens_max,
         first_token=stats.first_token.view(),
         token_gap=stats.token_gap.view(),

@@ -152,7 +152,7 @@ class Hardware:
         )
 
     def _look_at_cpu(self) -> Cpu:
-        total, free = _fact((0, 0), lambda: _memory(self._proc, self._cgroups))
+        total, free = _fact((0, 0), lambda: host_memory(self._proc, self._cgroups))
         return Cpu(
             total_memory_mb=total // _MB,
             free_memory_mb=free // _MB,
@@ -268,7 +268,7 @@ def _cpu_name(proc: Path) -> str:
         return next(names, platform.machine())
 
 
-def _memory(proc: Path, cgroups: Path) -> tuple[int, int]:
+def host_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> tuple[int, int]:
     """Bytes in all and to be had, within the limits of the container."""
     memory = psutil.virtual_memory()
     total, free = int(memory.total), int(memory.available)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import orjson
 
@@ -22,9 +23,14 @@ from wingman.config import Config, ContextConfig, ModelConfig
 from wingman.engine.client import Engine, MakeRunner
 from wingman.engine.types import Constraint, ModelInfo
 from wingman.errors import ConfigurationError, InvalidRequest, ModelLoadFailure
+from wingman.services.hardware import host_memory
 from wingman.services.home import file_name
 
 log = logging.getLogger("wingman.residency")
+
+MAX_CACHE_RAM_MIB: Final = 8192
+"""The default takes no more however much there is; llama-server's whole default."""
+_CACHE_RAM_SHARE: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +110,10 @@ class Loader:
     async def _open_engine(self) -> tuple[Engine, int]:
         """An engine with as many layers on the GPU as fit, and their number."""
         n_gpu_layers = self._config.model.n_gpu_layers
+        context = await asyncio.to_thread(with_cache_ram, self._config.context)
         while True:
             model = dataclasses.replace(self._config.model, n_gpu_layers=n_gpu_layers)
-            engine = self._engine = Engine(model, self._config.context, self._make_runner)
+            engine = self._engine = Engine(model, context, self._make_runner)
             if self._is_abandoned:
                 raise ModelLoadFailure("the load was cancelled")
             try:
@@ -133,6 +140,15 @@ class Loader:
         except InvalidRequest as error:
             raise ConfigurationError(f"--grammar or --json-schema: {error.message}") from None
         return constraint
+
+
+def with_cache_ram(config: ContextConfig) -> ContextConfig:
+    """The config with a number for `cache_ram`: by default a share of the memory that is free now, within the
+    limits of the container."""
+    if config.cache_ram is not None:
+        return config
+    _, n_free = host_memory()
+    return dataclasses.replace(config, cache_ram=min(n_free // _CACHE_RAM_SHARE >> 20, MAX_CACHE_RAM_MIB))
 
 
 def read_default_constraint(config: ContextConfig) -> Constraint | None:

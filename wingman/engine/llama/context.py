@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from wingman.config import ContextConfig
@@ -16,7 +18,19 @@ from wingman.engine.llama import binding
 from wingman.engine.llama.batch import TokenBatch
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.model import LlamaModel
-from wingman.engine.runner import Batch, Fork, KvOp, KvRemove, RunnerFailure
+from wingman.engine.runner import (
+    Batch,
+    Chunk,
+    Fork,
+    KvCopy,
+    KvDrop,
+    KvOp,
+    KvPark,
+    KvRemove,
+    KvRestore,
+    KvShift,
+    RunnerFailure,
+)
 from wingman.errors import ModelLoadFailure
 
 _GGML_BF16: Final = 30
@@ -36,6 +50,10 @@ _STATE_HEAD_BYTES: Final = 8
 """A magic number and the slot's id, in front of what a slot file holds."""
 _MAX_STREAMS: Final = 256
 """LLAMA_MAX_SEQ."""
+
+
+SlotState = npt.NDArray[np.uint8]
+"""The serialised cache of a slot, as bytes."""
 
 
 def default_threads() -> int:
@@ -64,34 +82,80 @@ class LlamaContext:
         self._has_cells = not lib.llama_model_is_recurrent(model.handle)
         self._batch = TokenBatch(self.n_batch)
         self._lora: tuple[float, ...] = ()
+        self._is_unified = config.kv_unified
+        self._parked: dict[int, SlotState] = {}
 
     def edit_cache(self, op: KvOp) -> None:
         """Apply one cache operation. Raises RunnerFailure when the cache can't do it."""
-        if isinstance(op, KvRemove):
-            if not lib.llama_memory_seq_rm(self.memory, op.slot_id, op.start, op.end):
-                raise RunnerFailure("the cache can't forget a part of a sequence")
+        match op:
+            case KvRemove(slot_id, start, end):
+                if not lib.llama_memory_seq_rm(self.memory, slot_id, start, end):
+                    raise RunnerFailure("the cache can't forget a part of a sequence")
+            case KvShift(slot_id, start, end, delta):
+                lib.llama_memory_seq_add(self.memory, slot_id, start, end, delta)
+            case KvCopy(source, target, n_tokens):
+                self._copy(source, target, n_tokens)
+            case KvPark(slot_id, key):
+                self._parked[key] = self._read(slot_id)
+            case KvRestore(key, slot_id, n_tokens):
+                self._write(self._parked[key], slot_id)
+                lib.llama_memory_seq_rm(self.memory, slot_id, n_tokens, -1)
+            case KvDrop(key):
+                del self._parked[key]
+
+    def _copy(self, source: int, target: int, n_tokens: int) -> None:
+        """Copy the first tokens of a slot to another. In a shared pool they share the cells; else the state
+        goes through memory, which takes as long as what the slot holds, where llama_memory_seq_cp copies
+        all it could hold, and only at the next step."""
+        if self._is_unified:
+            lib.llama_memory_seq_rm(self.memory, target, -1, -1)
+            lib.llama_memory_seq_cp(self.memory, source, target, 0, n_tokens)
             return
-        lib.llama_memory_seq_add(self.memory, op.slot_id, op.start, op.end, op.delta)
+        self._write(self._read(source), target)
+        lib.llama_memory_seq_rm(self.memory, target, n_tokens, -1)
+
+    def _read(self, slot_id: int) -> SlotState:
+        size = lib.llama_state_seq_get_size(self.handle, slot_id)
+        buffer = np.empty(size, np.uint8)
+        n_bytes = lib.llama_state_seq_get_data(self.handle, _bytes_of(buffer), size, slot_id)
+        if n_bytes != size:
+            raise RunnerFailure("the state of a sequence could not be read")
+        return buffer
+
+    def _write(self, state: SlotState, slot_id: int) -> None:
+        lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
+        n_bytes = lib.llama_state_seq_set_data(self.handle, _bytes_of(state), len(state), slot_id)
+        if n_bytes != len(state):
+            raise RunnerFailure("the state of a sequence could not be written")
 
     def decode(self, batch: Batch) -> list[int]:
-        """Compute the batch; the batch index of each chunk's last token, in order of the chunks.
+        """Compute the batch; the batch index of each chunk's last token that is no draft, in order.
 
         Raises RunnerFailure when llama_decode reports anything but success.
         """
         self._batch.clear()
-        last = [
-            self._batch.add(chunk.tokens, chunk.position, chunk.slot_id, wants_output=chunk.wants_sample)
-            for chunk in batch.chunks
-        ]
+        last = [self._add(chunk) for chunk in batch.chunks]
         if last:
             code = lib.llama_decode(self.handle, self._batch.native())
             if code:
                 raise RunnerFailure(f"llama_decode returned {code}: {binding.take_errors()}")
         return last
 
+    def _add(self, chunk: Chunk) -> int:
+        """Put a chunk into the batch, asking for the outputs that are sampled from."""
+        tokens, n_draft = chunk.tokens, chunk.n_draft
+        if not n_draft:
+            return self._batch.add(tokens, chunk.position, chunk.slot_id, wants_output=chunk.wants_sample)
+        return self._batch.add(tokens, chunk.position, chunk.slot_id, wants_all=True) - n_draft
+
     def fork(self, fork: Fork) -> None:
-        """Copy all a slot holds to an empty one (copy_state_to of llama-server)."""
-        lib.llama_memory_seq_cp(self.memory, fork.source, fork.target, -1, -1)
+        """Copy all a slot holds to an empty one."""
+        n_tokens = int(lib.llama_memory_seq_pos_max(self.memory, fork.source)) + 1
+        self._copy(fork.source, fork.target, n_tokens)
+
+    def slot_bytes(self, slot_id: int) -> int:
+        """What `edit_cache` would take to park a slot."""
+        return int(lib.llama_state_seq_get_size(self.handle, slot_id))
 
     def set_lora(self, adapters: Sequence[Any], scales: tuple[float, ...]) -> None:
         """Apply adapters with these scales from the next step on; none beyond the end of `scales`."""
@@ -147,9 +211,14 @@ class LlamaContext:
 
     def close(self) -> None:
         """Free cache and buffers."""
+        self._parked.clear()
         if self.handle:
             lib.llama_free(self.handle)
             self.handle = None
+
+
+def _bytes_of(state: SlotState) -> Any:
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _positions(state: bytes) -> Sequence[int]:

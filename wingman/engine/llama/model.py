@@ -160,8 +160,12 @@ class LlamaModel:
     @property
     def can_rollback(self) -> bool:
         """Whether its cache can drop the last tokens of a sequence."""
-        is_recurrent = lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle)
-        return not is_recurrent and not lib.llama_model_n_swa(self.handle)
+        return not self.is_recurrent and not lib.llama_model_n_swa(self.handle)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it has a state that can't be taken back, alone or beside a cache."""
+        return bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
 
 
 def _scaled(config: ModelConfig) -> list[tuple[Path, float]]:

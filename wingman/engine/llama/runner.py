@@ -68,6 +68,11 @@ class LlamaRunner:
         """Whether the cache can drop the last tokens of a slot."""
         return self._model.can_rollback or self._context_config.swa_full
 
+    @property
+    def n_window(self) -> int:
+        """A slot that holds no more tokens can drop the last ones even so."""
+        return 0 if self._model.is_recurrent else int(lib.llama_model_n_swa(self._model.handle))
+
     def run(self, batch: Batch) -> Samples:
         """Compute a batch and sample. Raises RunnerFailure."""
         context = self._generating()
@@ -78,7 +83,7 @@ class LlamaRunner:
         context.set_lora(self._model.adapters, batch.lora)
         last = context.decode(batch)
         wanted = {
-            chunk.slot_id: index
+            chunk.slot_id: (index, chunk.tokens[len(chunk.tokens) - chunk.n_draft :])
             for chunk, index in zip(batch.chunks, last, strict=True)
             if chunk.wants_sample
         }
@@ -87,8 +92,8 @@ class LlamaRunner:
             if fork.source in wanted:
                 wanted[fork.target] = wanted[fork.source]
         started = time.perf_counter()
-        draws = {slot: self._samplers[slot].draw(context.handle, index) for slot, index in wanted.items()}
-        return _samples(draws, time.perf_counter() - started)
+        runs = {slot: self._samplers[slot].draw_run(context.handle, *where) for slot, where in wanted.items()}
+        return _samples(runs, time.perf_counter() - started)
 
     def _generating(self) -> LlamaContext:
         if self._context is None:
@@ -118,6 +123,10 @@ class LlamaRunner:
             params = context_params(self._model, self._context_config)
             self._embedder = Embedder(self._model, params, self.info.embedding)
         return self._embedder
+
+    def slot_bytes(self, slot_id: int) -> int:
+        """Size of the serialised cache of a slot."""
+        return self._generating().slot_bytes(slot_id)
 
     def save_slot(self, slot_id: int) -> bytes:
         """The serialised cache of a slot."""
@@ -189,10 +198,14 @@ class LlamaRunner:
         )
 
 
-def _samples(draws: dict[int, Draw], sample_s: float) -> Samples:
+def _samples(runs: dict[int, tuple[Draw, ...]], sample_s: float) -> Samples:
     return Samples(
-        tokens={slot: draw.token for slot, draw in draws.items()},
-        probs={slot: draw.prob for slot, draw in draws.items() if draw.prob is not None},
-        stuck=frozenset(slot for slot, draw in draws.items() if draw.token < 0),
+        tokens={slot: [draw.token for draw in run if draw.token >= 0] for slot, run in runs.items()},
+        probs={
+            slot: [draw.prob for draw in run if draw.prob is not None]
+            for slot, run in runs.items()
+            if run[0].prob is not None
+        },
+        stuck=frozenset(slot for slot, run in runs.items() if run[-1].token < 0),
         sample_s=sample_s,
     )
