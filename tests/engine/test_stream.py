@@ -121,6 +121,16 @@ async def test_one_failure_ends_all(kind: FailureKind, error: type[WingmanError]
     assert forgotten == [0, 1, 2]
 
 
+async def test_what_came_before_a_failure_is_read_and_nothing_that_came_after() -> None:
+    stream, _ = stream_of(2)
+    for event in (delta(0, "a"), Failed(1, FailureKind.ENGINE, "why"), delta(0, "b"), finished(0)):
+        stream.deliver(event)
+    steps_of = stream.steps()
+    assert await anext(steps_of) == [delta(0, "a")]
+    with pytest.raises(EngineFailure):
+        await anext(steps_of)
+
+
 async def test_the_backlog_of_all_jobs_together_is_bounded() -> None:
     stream, forgotten = stream_of(max_unread=10)
     steps_of = stream.steps()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from wingman.api.bodies import encode_answers
 from wingman.api.naming import naming_of
 from wingman.api.probabilities import prob_items, shown_probs
 from wingman.api.schema import ChatRequest, parse_body
-from wingman.api.streams import DONE, encode, event_stream
+from wingman.api.streams import DONE, EventWriter, encode, event_stream
 from wingman.api.turns import (
     AnswerReader,
     Turn,
@@ -25,8 +25,7 @@ from wingman.api.turns import (
     render_turn,
 )
 from wingman.chat.output import ArgumentsDelta, ContentDelta, Delta, ParsedCall, ReasoningDelta
-from wingman.engine.stream import JobStream
-from wingman.engine.types import Finished, Progress, TextDelta, TokenProb
+from wingman.engine.types import Finished, JobEvent, Progress, TextDelta, TokenProb
 from wingman.http.messages import Answer, Request, Response
 from wingman.services.served import ServedModel
 
@@ -39,7 +38,7 @@ async def chat(served: ServedModel, request: Request) -> Answer:
     naming = naming_of(served)
     stream = served.engine.submit(*turn.jobs)
     if turn.jobs[0].stream:
-        return event_stream(_events(turn, naming, stream), stream, turn.ping_s)
+        return event_stream(_ChatWriter(turn, naming), stream, turn.ping_s)
     async with stream:
         results = await stream.results()
     return Response(200, await encode_answers(served, results, partial(_body, turn, naming, results)))
@@ -116,43 +115,56 @@ def _prob_items(turn: Turn, probs: Sequence[TokenProb]) -> list[dict[str, Any]]:
 # -- streamed ---------------------------------------------------------------------------------------
 
 
-async def _events(turn: Turn, naming: shapes.Naming, stream: JobStream) -> AsyncGenerator[bytes, None]:
-    indexes = {job.id: index for index, job in enumerate(turn.jobs)}
-    readers = [AnswerReader(turn.dialogue) for _ in turn.jobs]
-    ended: dict[int, Finished] = {}
-    for index in indexes.values():  # in order: clients take choices as they come
-        yield encode(shapes.chat_chunk(naming, index, {"role": "assistant", "content": None}))
-    async for event in stream:
-        index = indexes[event.job_id]
+class _ChatWriter(EventWriter):
+    """Follows the answers as OpenAI's chunks."""
+
+    def __init__(self, turn: Turn, naming: shapes.Naming) -> None:
+        self._turn = turn
+        self._naming = naming
+        self._indexes = {job.id: index for index, job in enumerate(turn.jobs)}
+        self._readers = [AnswerReader(turn.dialogue) for _ in turn.jobs]
+        self._ended: dict[int, Finished] = {}
+
+    def start(self) -> Iterator[bytes]:
+        """The roles, in order: clients take choices as they come."""
+        for index in range(len(self._readers)):
+            yield encode(shapes.chat_chunk(self._naming, index, {"role": "assistant", "content": None}))
+
+    def take(self, event: JobEvent) -> Iterator[bytes]:
+        """A chunk for each thing that became certain."""
+        index = self._indexes[event.job_id]
+        reader = self._readers[index]
         if isinstance(event, TextDelta):
-            for chunk in _chunks(turn, naming, index, readers[index], readers[index].push(event)):
+            for chunk in self._chunks(index, reader.push(event)):
                 yield encode(shapes.add_timings(chunk, event.timings))
         elif isinstance(event, Progress):
-            chunk = shapes.chat_chunk(naming, index, {})
+            chunk = shapes.chat_chunk(self._naming, index, {})
             yield encode(chunk | {"prompt_progress": shapes.progress_body(event)})
         elif isinstance(event, Finished):
-            ended[index] = event
-            reader = readers[index]
-            for chunk in _chunks(turn, naming, index, reader, reader.finish()):
-                yield encode(chunk)
-            reason = _reason(turn, event, reader.has_called)
-            last = shapes.chat_chunk(naming, index, {}, reason)
-            if len(ended) < len(readers):
-                yield encode(last)
-    for body in _end(turn, naming, last, [ended[index] for index in sorted(ended)]):
-        yield encode(body)
-    yield DONE
+            yield from map(encode, self._chunks(index, reader.finish()))
+            self._ended[index] = event
+            reason = _reason(self._turn, event, reader.has_called)
+            yield from self._end(shapes.chat_chunk(self._naming, index, {}, reason))
 
+    def _chunks(self, index: int, deltas: Iterable[Delta]) -> Iterator[dict[str, Any]]:
+        for delta in deltas:
+            probs = self._readers[index].take_probs(delta)
+            logprobs = _prob_items(self._turn, probs) if probs else None
+            yield shapes.chat_chunk(self._naming, index, _delta_body(self._turn, delta), None, logprobs)
 
-def _chunks(
-    turn: Turn, naming: shapes.Naming, index: int, reader: AnswerReader, deltas: Iterable[Delta]
-) -> list[dict[str, Any]]:
-    chunks = []
-    for delta in deltas:
-        probs = reader.take_probs(delta)
-        logprobs = _prob_items(turn, probs) if probs else None
-        chunks.append(shapes.chat_chunk(naming, index, _delta_body(turn, delta), None, logprobs))
-    return chunks
+    def _end(self, last: dict[str, Any]) -> Iterator[bytes]:
+        """The end of an answer; that of all has timings, on the chunk with usage when that is asked for."""
+        if len(self._ended) < len(self._readers):
+            yield encode(last)
+            return
+        results = [self._ended[index] for index in sorted(self._ended)]
+        options = self._turn.fields.stream_options
+        if options is not None and options.include_usage:
+            yield encode(last)
+            last = shapes.usage_chunk(shapes.chat_chunk(self._naming, 0, {}), shapes.usage_of(results))
+        shapes.add_timings(last, results[0].timings)
+        yield encode(self._turn.as_completion().add_verbose(last, results[0]))
+        yield DONE
 
 
 def _delta_body(turn: Turn, delta: Delta) -> dict[str, Any]:
@@ -175,16 +187,3 @@ def _delta_body(turn: Turn, delta: Delta) -> dict[str, Any]:
         "function": function,
     }
     return {"tool_calls": [call]}
-
-
-def _end(
-    turn: Turn, naming: shapes.Naming, last: dict[str, Any], results: Sequence[Finished]
-) -> list[dict[str, Any]]:
-    """The last chunk with finish_reason and, if asked for, the one with usage; timings are on the last."""
-    chunks = [last]
-    options = turn.fields.stream_options
-    if options is not None and options.include_usage:
-        base = shapes.chat_chunk(naming, 0, {})
-        chunks.append(shapes.usage_chunk(base, shapes.usage_of(results)))
-    turn.as_completion().add_verbose(shapes.add_timings(chunks[-1], results[0].timings), results[0])
-    return chunks

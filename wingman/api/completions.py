@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,8 @@ from wingman.api.native import Completion, answer_natively, build_completion
 from wingman.api.probabilities import native_probs
 from wingman.api.prompts import read_prompts, split_prompts
 from wingman.api.schema import CompletionRequest, parse_body
-from wingman.api.streams import DONE, encode, event_stream
-from wingman.engine.stream import JobStream
-from wingman.engine.types import Finished, Progress, TextDelta, TokenProb
+from wingman.api.streams import DONE, EventWriter, encode, event_stream
+from wingman.engine.types import Finished, JobEvent, Progress, TextDelta, TokenProb
 from wingman.errors import InvalidRequest
 from wingman.http.messages import Answer, Request, Response
 from wingman.services.served import ServedModel
@@ -33,7 +32,7 @@ async def complete_text(served: ServedModel, request: Request) -> Answer:
     naming = naming_of(served)
     stream = served.engine.submit(*prepared.jobs)
     if prepared.jobs[0].stream:
-        return event_stream(_text_events(prepared, naming, stream), stream, prepared.ping_s)
+        return event_stream(_TextWriter(prepared, naming), stream, prepared.ping_s)
     async with stream:
         results = await stream.results()
     make = partial(_text_body, prepared, naming, results)
@@ -90,48 +89,68 @@ def _between(served: ServedModel, fields: CompletionRequest) -> Completion:
     return complete_between(served, fields, prefix, suffix)
 
 
-async def _text_events(
-    prepared: Completion, naming: shapes.Naming, stream: JobStream
-) -> AsyncGenerator[bytes, None]:
-    indexes = prepared.indexes
-    offsets = [0] * len(prepared.jobs)
-    if _echoes(prepared):
-        for index, prompt in enumerate(prepared.prompts):
-            offsets[index] = len(prompt)
-            yield encode(shapes.text_chunk(naming, shapes.text_choice(index, prompt, None)))
-    unsent: list[tuple[TokenProb, ...]] = [()] * len(prepared.jobs)
-    ended: dict[int, Finished] = {}
-    async for event in stream:
-        index = indexes[event.job_id]
+class _TextWriter(EventWriter):
+    """Follows the answers as OpenAI's chunks."""
+
+    def __init__(self, prepared: Completion, naming: shapes.Naming) -> None:
+        self._prepared = prepared
+        self._naming = naming
+        self._indexes = prepared.indexes
+        self._offsets = [0] * len(prepared.jobs)
+        """Characters sent of each answer."""
+        self._unsent: list[tuple[TokenProb, ...]] = [()] * len(prepared.jobs)
+        """Probabilities of tokens whose text is held back; they are reported with the text."""
+        self._ended: dict[int, Finished] = {}
+
+    def start(self) -> Iterator[bytes]:
+        """The prompts, if they are wanted."""
+        if _echoes(self._prepared):
+            for index, prompt in enumerate(self._prepared.prompts):
+                self._offsets[index] = len(prompt)
+                yield encode(self._chunk(index, prompt))
+
+    def take(self, event: JobEvent) -> Iterator[bytes]:
+        """A chunk for what can be seen."""
+        index = self._indexes[event.job_id]
         if isinstance(event, TextDelta):
-            unsent[index] += event.probs
-            if event.text:  # tokens whose text is held back report with the text
-                logprobs = prepared.logprobs(unsent[index], offsets[index])
-                unsent[index] = ()
-                offsets[index] += len(event.text)
-                choice = shapes.text_choice(index, event.text, None, logprobs)
-                yield encode(shapes.add_timings(shapes.text_chunk(naming, choice), event.timings))
+            self._unsent[index] += event.probs
+            if event.text:
+                yield encode(shapes.add_timings(self._text_chunk(index, event.text), event.timings))
         elif isinstance(event, Progress):
-            chunk = shapes.text_chunk(naming, shapes.text_choice(index, "", None))
-            yield encode(chunk | {"prompt_progress": shapes.progress_body(event)})
+            yield encode(self._chunk(index, "") | {"prompt_progress": shapes.progress_body(event)})
         elif isinstance(event, Finished):
-            ended[index] = event
-            yield encode(_last_text_chunk(prepared, naming, index, ended))
-    options = prepared.fields.stream_options
-    if options is not None and options.include_usage:
-        results = [ended[index] for index in sorted(ended)]
-        yield encode(shapes.usage_chunk(shapes.text_chunk(naming), shapes.usage_of(results)))
-    yield DONE
+            self._ended[index] = event
+            yield encode(self._last_chunk(index))
+            if len(self._ended) == len(self._prepared.jobs):
+                yield from self._end()
 
+    def _chunk(self, index: int, text: str, logprobs: Any = None) -> dict[str, Any]:
+        return shapes.text_chunk(self._naming, shapes.text_choice(index, text, None, logprobs))
 
-def _last_text_chunk(
-    prepared: Completion, naming: shapes.Naming, index: int, ended: dict[int, Finished]
-) -> dict[str, Any]:
-    """The chunk with finish_reason; that of the last answer has the usage of all."""
-    finished = ended[index]
-    chunk = prepared.final(finished, index)
-    chunk |= shapes.text_chunk(naming, shapes.text_choice(index, "", shapes.finish_reason(finished)))
-    if len(ended) == len(prepared.jobs):
-        chunk["usage"] = shapes.usage_of([ended[one] for one in sorted(ended)])
-        prepared.add_verbose(chunk, ended[0])
-    return chunk
+    def _text_chunk(self, index: int, text: str) -> dict[str, Any]:
+        logprobs = self._prepared.logprobs(self._unsent[index], self._offsets[index])
+        self._unsent[index] = ()
+        self._offsets[index] += len(text)
+        return self._chunk(index, text, logprobs)
+
+    def _last_chunk(self, index: int) -> dict[str, Any]:
+        """The chunk with finish_reason; that of the last answer has the usage of all."""
+        finished = self._ended[index]
+        chunk = self._prepared.final(finished, index)
+        choice = shapes.text_choice(index, "", shapes.finish_reason(finished))
+        chunk |= shapes.text_chunk(self._naming, choice)
+        if len(self._ended) == len(self._prepared.jobs):
+            chunk["usage"] = shapes.usage_of(self._results)
+            self._prepared.add_verbose(chunk, self._ended[0])
+        return chunk
+
+    def _end(self) -> Iterator[bytes]:
+        options = self._prepared.fields.stream_options
+        if options is not None and options.include_usage:
+            usage = shapes.usage_of(self._results)
+            yield encode(shapes.usage_chunk(shapes.text_chunk(self._naming), usage))
+        yield DONE
+
+    @property
+    def _results(self) -> list[Finished]:
+        return [self._ended[index] for index in sorted(self._ended)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -26,10 +26,9 @@ from wingman.api.chat import new_call_id
 from wingman.api.probabilities import shown_probs
 from wingman.api.ranges import COUNT, read_number
 from wingman.api.schema import ChatRequest, GenerationFields, Number
-from wingman.api.streams import event_stream
+from wingman.api.streams import EventWriter, event_stream
 from wingman.api.turns import AnswerReader, Turn, finish_reason
 from wingman.chat.output import ArgumentsDelta, ContentDelta, Delta, ReasoningDelta, ToolCallStart
-from wingman.engine.stream import JobStream
 from wingman.engine.types import Finished, JobEvent, Progress, StopType, TextDelta, TokenProb
 from wingman.errors import InvalidRequest
 from wingman.http.messages import Answer, Response
@@ -270,7 +269,7 @@ async def reply(writer: PartWriter) -> Answer:
     turn = writer.turn
     stream = turn.served.engine.submit(*turn.jobs)
     if turn.jobs[0].stream:
-        return event_stream(_events(writer, stream), stream, turn.ping_s, writer.fail)
+        return event_stream(_NamedEvents(writer), stream, turn.ping_s)
     async with stream:
         results = await stream.results()
     return Response(200, await encode_answers(turn.served, results, partial(_whole, writer, results[0])))
@@ -287,12 +286,20 @@ def _whole(writer: PartWriter, finished: Finished) -> Body:
     return writer.body()
 
 
-async def _events(writer: PartWriter, stream: JobStream) -> AsyncGenerator[bytes, None]:
-    for body in writer.start():
-        yield encode(body)
-    async for event in stream:
-        for body in writer.take(event):
-            yield encode(body)
+class _NamedEvents(EventWriter):
+    """What a PartWriter says, encoded."""
+
+    def __init__(self, writer: PartWriter) -> None:
+        self._writer = writer
+
+    def start(self) -> Iterable[bytes]:
+        return map(encode, self._writer.start())
+
+    def take(self, event: JobEvent) -> Iterable[bytes]:
+        return map(encode, self._writer.take(event))
+
+    def fail(self, error: BaseException) -> bytes:
+        return self._writer.fail(error)
 
 
 def encode(body: Body) -> bytes:

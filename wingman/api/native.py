@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,8 @@ from wingman.api.generation import JobMaker
 from wingman.api.probabilities import native_items, native_probs, text_logprobs
 from wingman.api.schema import GenerationFields
 from wingman.api.settings import settings_of
-from wingman.api.streams import encode, event_stream
-from wingman.engine.stream import JobStream
-from wingman.engine.types import Finished, Job, Progress, TextDelta, TokenProb
+from wingman.api.streams import EventWriter, encode, event_stream
+from wingman.engine.types import Finished, Job, JobEvent, Progress, TextDelta, TokenProb
 from wingman.http.messages import Answer, Response
 from wingman.services.served import ServedModel
 
@@ -77,7 +76,7 @@ async def answer_natively(prepared: Completion) -> Answer:
     """Submit, and answer with native objects: one, or an array for several answers."""
     stream = prepared.served.engine.submit(*prepared.jobs)
     if prepared.jobs[0].stream:
-        return event_stream(_native_events(prepared, stream), stream, prepared.ping_s)
+        return event_stream(NativeWriter(prepared, stream.slot_ids), stream, prepared.ping_s)
     async with stream:
         results = await stream.results()
     return Response(200, await encode_answers(prepared.served, results, lambda: _bodies(prepared, results)))
@@ -107,19 +106,28 @@ def _shown_prompt(served: ServedModel, prompt: Sequence[int]) -> str:
     return served.engine.tokenizer.detokenize(prompt, special=True)
 
 
-async def _native_events(prepared: Completion, stream: JobStream) -> AsyncGenerator[bytes, None]:
-    indexes = prepared.indexes
-    async for event in stream:
-        index = indexes[event.job_id]
-        slot_id = stream.slot_ids.get(event.job_id, -1)
-        n_prompt = len(prepared.jobs[index].prompt)
+class NativeWriter(EventWriter):
+    """Follows the answers as llama-server's partial objects; `slot_ids` is kept up by who reads the jobs."""
+
+    def __init__(self, prepared: Completion, slot_ids: Mapping[int, int]) -> None:
+        self._prepared = prepared
+        self._indexes = prepared.indexes
+        self._slot_ids = slot_ids
+
+    def take(self, event: JobEvent) -> Iterator[bytes]:
+        """An object for each event."""
+        prepared, index = self._prepared, self._indexes[event.job_id]
         if isinstance(event, TextDelta):
-            body = shapes.native_partial(event, index, slot_id, n_prompt)
-            if event.probs:
-                body["completion_probabilities"] = prepared.native_probs(event.probs)
-            yield encode(body)
+            yield encode(self._partial(event, index))
         elif isinstance(event, Progress):
-            empty = TextDelta(event.job_id, "", (), 0)
-            yield encode(shapes.native_partial(empty, index, slot_id, n_prompt, event))
+            yield encode(self._partial(TextDelta(event.job_id, "", (), 0), index, event))
         elif isinstance(event, Finished):
             yield encode(prepared.final(event, index))
+
+    def _partial(self, delta: TextDelta, index: int, progress: Progress | None = None) -> dict[str, Any]:
+        prepared = self._prepared
+        slot_id = self._slot_ids.get(delta.job_id, -1)
+        body = shapes.native_partial(delta, index, slot_id, len(prepared.jobs[index].prompt), progress)
+        if delta.probs:
+            body["completion_probabilities"] = prepared.native_probs(delta.probs)
+        return body

@@ -1,8 +1,14 @@
-"""Jobs -> Server-Sent Events: what native, text and chat streams have in common."""
+"""Jobs -> Server-Sent Events: what all streams have in common.
+
+A writer turns the events of a request's jobs into encoded blocks and knows no waiting; the one coroutine
+here asks it once a step, so that what a step says leaves in one write. On the loop.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterable
+from itertools import chain
 from typing import Any, Final
 
 import orjson
@@ -10,6 +16,7 @@ import orjson
 from protocol import encode_event
 from wingman.api.errors import error_body
 from wingman.engine.stream import JobStream
+from wingman.engine.types import JobEvent
 from wingman.http.messages import EventStream
 
 DONE: Final = encode_event(b"[DONE]")
@@ -20,29 +27,34 @@ def encode(body: dict[str, Any]) -> bytes:
     return encode_event(orjson.dumps(body))
 
 
-def encode_error(error: BaseException) -> bytes:
-    """The event that tells of a failure to clients of native, text and chat streams."""
-    return encode(error_body(error)[1])
+class EventWriter(ABC):
+    """Follows the jobs of one request and returns encoded event blocks."""
+
+    def start(self) -> Iterable[bytes]:
+        """The blocks before anything is known."""
+        return ()
+
+    @abstractmethod
+    def take(self, event: JobEvent) -> Iterable[bytes]:
+        """The blocks that follow from an event; from the last one, those that end the stream too."""
+
+    def fail(self, error: BaseException) -> bytes:
+        """The blocks that tell of a failure, after which nothing follows."""
+        return encode(error_body(error)[1])
 
 
-def event_stream(
-    events: AsyncGenerator[bytes, None],
-    job: JobStream,
-    ping_s: int,
-    failed: Callable[[BaseException], bytes] = encode_error,
-) -> EventStream:
-    """The answer that streams a job; however it ends, the job does too. `ping_s` <= 0 sends no comments."""
-    return EventStream(guarded(events, failed), job.close, float(ping_s) if ping_s > 0 else None)
+def event_stream(writer: EventWriter, jobs: JobStream, ping_s: int) -> EventStream:
+    """The answer that streams jobs; however it ends, they do too. `ping_s` <= 0 sends no comments."""
+    return EventStream(_blocks(writer, jobs), jobs.close, float(ping_s) if ping_s > 0 else None)
 
 
-async def guarded(
-    events: AsyncGenerator[bytes, None], failed: Callable[[BaseException], bytes] = encode_error
-) -> AsyncGenerator[bytes, None]:
-    """The events; a failure becomes the event that `failed` makes of it, after which nothing follows."""
+async def _blocks(writer: EventWriter, jobs: JobStream) -> AsyncGenerator[bytes, None]:
+    """What is written of each step, where it is anything."""
     try:
-        async for block in events:
-            yield block
+        if blocks := b"".join(writer.start()):
+            yield blocks
+        async for events in jobs.steps():
+            if blocks := b"".join(chain.from_iterable(map(writer.take, events))):
+                yield blocks
     except Exception as error:  # noqa: BLE001 - the task root of a stream
-        yield failed(error)
-    finally:
-        await events.aclose()
+        yield writer.fail(error)

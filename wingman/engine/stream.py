@@ -36,15 +36,20 @@ class JobStream:
         self._error: WingmanError | None = None
 
     def deliver(self, event: JobEvent) -> None:
-        """Take the next event from the engine."""
-        if isinstance(event, Started):
-            self.slot_ids[event.job_id] = event.slot_id
+        """Take the next event from the engine; after an error nothing counts any more."""
+        if self._error is not None:
             return
         if isinstance(event, TextDelta):
             self._add_delta(event)
+        elif isinstance(event, Started):
+            self.slot_ids[event.job_id] = event.slot_id
+            return
+        elif isinstance(event, Failed):
+            self._error = failure(event)
         else:
             self._open.pop(event.job_id, None)
             self._pending.append(event)
+            self._n_running -= isinstance(event, Finished)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -57,7 +62,9 @@ class JobStream:
             previous = self._pending[place]
             assert isinstance(previous, TextDelta)
             self._pending[place] = _merge(previous, event)
-        self._n_unread += len(event.text) + sum(_ALTERNATIVE_BYTES * len(prob.top) for prob in event.probs)
+        self._n_unread += len(event.text)
+        if event.probs:
+            self._n_unread += sum(_ALTERNATIVE_BYTES * len(prob.top) for prob in event.probs)
         if self._n_unread > self._max_unread:
             self._overrun()
 
@@ -85,14 +92,8 @@ class JobStream:
     async def steps(self) -> AsyncIterator[list[JobEvent]]:
         """What has happened since the last look, again and again until every job is Finished. Raises what a
         job failed of."""
-        while self._n_running:
-            events = await self._next()
-            failed = next((event for event in events if isinstance(event, Failed)), None)
-            if failed is not None:
-                yield events[: events.index(failed)]
-                raise failure(failed)
-            self._n_running -= sum(isinstance(event, Finished) for event in events)
-            yield events
+        while self._n_running or self._pending:
+            yield await self._next()
 
     async def __aiter__(self) -> AsyncIterator[JobEvent]:
         """Progress and TextDelta events and one Finished of each job. Raises what a job failed of."""
