@@ -4,7 +4,8 @@ h11 parses and keeps the state machine; this module adds what a server needs aro
 limits on head, body and pipelined bytes, refusal of ambiguous framing, 100-continue, and
 HEAD. Two rules: everything the peer may do wrong raises RemoteProtocolError, and after any
 error the caller asks `can_answer` and `can_reuse`, which read h11's own states; there are
-no flags to fall out of step.
+no flags to fall out of step. Chunks of a body whose first chunk h11 framed as chunked are
+framed here alike, as its checks are what a streamed token would cost most.
 
 Call order: `receive_data` with whatever arrived (b"" at end of file), then `next_event`
 until it says NEED_DATA or PAUSED. After a finished response, `start_next_cycle`. After a head with
@@ -57,6 +58,7 @@ class Http1Connection:
         self._paused_bytes = 0
         self._n_buffered = 0
         self._method = ""
+        self._frames_chunks = False
 
     def receive_data(self, data: bytes) -> None:
         """Take bytes from the peer; b"" means that it closed its sending side.
@@ -146,10 +148,14 @@ class Http1Connection:
         Raises LocalProtocolError when the event does not fit the state, e.g. a second head, or status
         101 for a request that asked for no upgrade.
         """
+        if isinstance(event, BodyChunk) and self._frames_chunks and self.is_streaming:
+            return _chunk_frame(event.data)
         try:
-            return self._h11.send(self._untranslate(event)) or b""
+            sent = self._h11.send(self._untranslate(event)) or b""
         except h11.LocalProtocolError as error:
             raise LocalProtocolError(str(error)) from None
+        self._frames_chunks = isinstance(event, BodyChunk) and sent == _chunk_frame(event.data) != b""
+        return sent
 
     def _untranslate(self, event: ResponseHead | BodyChunk | EndOfResponse) -> h11.Event:
         if isinstance(event, ResponseHead):
@@ -216,3 +222,8 @@ class Http1Connection:
 
     def __repr__(self) -> str:
         return f"<Http1Connection us={self._h11.our_state} them={self._h11.their_state}>"
+
+
+def _chunk_frame(data: bytes) -> bytes:
+    """A chunk (RFC 9112, 7.1); none for no data, as that would end the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import h11
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol import (
     BodyChunk,
@@ -99,6 +102,34 @@ def test_a_body_of_unknown_size(raw: bytes, head_bytes: bytes, chunk_bytes: byte
     assert connection.send(BodyChunk(b"")) == b""
     assert connection.send(EndOfResponse()) == end_bytes
     assert not connection.is_streaming
+
+
+@given(
+    st.lists(st.binary(max_size=300)),
+    st.sampled_from(["GET / HTTP/1.1", "HEAD / HTTP/1.1", "GET / HTTP/1.0"]),
+)
+def test_every_chunk_is_framed_as_h11_frames_it(parts: list[bytes], line: str) -> None:
+    raw = line.encode() + b"\r\nHost: a\r\n\r\n"
+    connection, plain = Http1Connection(), h11.Connection(h11.SERVER)
+    receive(connection, raw)
+    plain.receive_data(raw)
+    plain.next_event()
+    connection.send(ResponseHead(200))
+    plain.send(h11.Response(status_code=200, headers=[]))
+    for part in parts:
+        expected = plain.send(h11.Data(data=b"" if line.startswith("HEAD") else part))
+        assert connection.send(BodyChunk(part)) == expected
+    assert connection.send(EndOfResponse()) == plain.send(h11.EndOfMessage())
+    with pytest.raises(LocalProtocolError):
+        connection.send(BodyChunk(b"late"))
+
+
+def test_a_sized_body_that_looks_like_a_chunk_stays_as_it_is() -> None:
+    connection = Http1Connection()
+    receive(connection, GET)
+    connection.send(ResponseHead(200, Headers([(b"content-length", b"14")])))
+    assert [connection.send(BodyChunk(b"2\r\nok\r\n")) for _ in range(2)] == [b"2\r\nok\r\n"] * 2
+    assert connection.send(EndOfResponse()) == b""
 
 
 def test_head_keeps_the_length_and_drops_the_body() -> None:

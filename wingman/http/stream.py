@@ -146,8 +146,9 @@ class SocketStream(asyncio.Protocol):
         return data
 
     def push(self, data: bytes) -> None:  # noqa: D102
-        if not self._open_transport().is_closing():  # it says so before `connection_lost` comes
-            self._open_transport().write(data)
+        transport = self._open_transport()
+        if not transport.is_closing():  # it says so before `connection_lost` comes
+            transport.write(data)
 
     @property
     def is_writable(self) -> bool:  # noqa: D102
