@@ -8,7 +8,7 @@ draft, and never more than `MAX_TOKENS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +33,17 @@ class Draft:
 
 
 NO_DRAFT: Final = Draft([], 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """Wants a draft model's guess of up to `n_max` tokens after `tokens`, the whole text of a slot: fewer where
+    it gives its best guess less than `p_min`, none while it has not caught up with the text."""
+
+    slot_id: int
+    tokens: Sequence[int]
+    n_max: int
+    p_min: float = 0.0
 
 
 class NgramDrafter:

@@ -32,10 +32,13 @@ EDGES: Final = (
 """Step sizes in tokens whose cost is remembered; between them it is a straight line."""
 _SHAPE_RATE: Final = 0.1
 _LOAD_RATE: Final = 0.05
-_MAX_RATIO: Final = 3.0
-"""A step is believed to take at most this many times what was expected: the machine was busy with others."""
+_MAX_RATIO: Final = (3.0, 1.3)
+"""A step is believed to take at most this many times what was expected, while its cost is new and once it has
+settled: the machine may have been busy with others for a moment."""
 _SETTLED: Final = 4
-"""Observations after which a cost tells something about the load of the machine."""
+"""Observations after which a cost has settled, and tells something about the load of the machine."""
+_DATED_STEPS: Final = 200
+"""Steps after which a cost has to be seen again before drafts are weighed against it."""
 _STALE_STEPS: Final = 4000
 """Steps after which a cost that was not seen again is forgotten."""
 _GUESSED_SLOPE: Final = 0.1
@@ -66,7 +69,8 @@ class StepCosts:
             self._n_seen[index] = 0
         n_seen = self._n_seen[index] = self._n_seen[index] + 1
         expected = self.seconds(n_tokens) or seconds
-        ratio = max(1 / _MAX_RATIO, min(seconds / expected, _MAX_RATIO))
+        most = _MAX_RATIO[n_seen > _SETTLED]
+        ratio = max(1 / most, min(seconds / expected, most))
         if n_seen == 1:
             self._shape[index] = ratio * expected / self._load
         else:
@@ -108,6 +112,12 @@ class StepCosts:
         # A step that seems dearer than a larger one was delayed when it was seen.
         rising = np.minimum.accumulate(np.array(seconds)[::-1])[::-1]
         return np.array(sizes, np.float64), rising
+
+    def is_dated(self, n_tokens: int) -> bool:
+        """Whether a step of this size was not seen for long: drafts that always pay hide what they are compared
+        with."""
+        index = _nearest_edge(n_tokens)
+        return not self._n_seen[index] or self._n_steps - self._seen_at[index] > _DATED_STEPS
 
     def _is_stale(self, index: int) -> bool:
         return self._n_steps - self._seen_at[index] > _STALE_STEPS
@@ -212,9 +222,9 @@ def _offers(candidates: Sequence[Candidate]) -> list[tuple[float, int]]:
 
 def _best_count(offers: Sequence[tuple[float, int]], value: float, n_tokens: int, costs: StepCosts) -> int:
     """How many of the offers make the most tokens a second; `value` are the tokens expected without."""
-    base_s, *step_s = costs.seconds_from(n_tokens, len(offers) + 1)
-    if not base_s:
+    if not offers or costs.is_dated(n_tokens):
         return 0
+    base_s, *step_s = costs.seconds_from(n_tokens, len(offers) + 1)
     if costs.draft_round_s:
         rounds = _rounds(offers)
         step_s = [s + n * costs.draft_round_s for s, n in zip(step_s, rounds, strict=True)]
