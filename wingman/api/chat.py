@@ -14,7 +14,7 @@ from wingman.api.bodies import encode_answers
 from wingman.api.naming import naming_of
 from wingman.api.probabilities import prob_items, shown_probs
 from wingman.api.schema import ChatRequest, parse_body
-from wingman.api.streams import DONE, EventWriter, encode, event_stream
+from wingman.api.streams import DONE, EventWriter, TextFrame, encode, event_stream
 from wingman.api.turns import (
     AnswerReader,
     Turn,
@@ -124,6 +124,9 @@ class _ChatWriter(EventWriter):
         self._indexes = {job.id: index for index, job in enumerate(turn.jobs)}
         self._readers = [AnswerReader(turn.dialogue) for _ in turn.jobs]
         self._ended: dict[int, Finished] = {}
+        job = turn.jobs[0]
+        self._has_only_text = not job.n_probs and not job.timings_per_token
+        self._frames = [TextFrame(partial(self._content_chunk, index)) for index in range(len(turn.jobs))]
 
     def start(self) -> Iterator[bytes]:
         """The roles, in order: clients take choices as they come."""
@@ -135,8 +138,7 @@ class _ChatWriter(EventWriter):
         index = self._indexes[event.job_id]
         reader = self._readers[index]
         if isinstance(event, TextDelta):
-            for chunk in self._chunks(index, reader.push(event)):
-                yield encode(shapes.add_timings(chunk, event.timings))
+            yield from self._text(index, event, reader.push(event))
         elif isinstance(event, Progress):
             chunk = shapes.chat_chunk(self._naming, index, {})
             yield encode(chunk | {"prompt_progress": shapes.progress_body(event)})
@@ -145,6 +147,16 @@ class _ChatWriter(EventWriter):
             self._ended[index] = event
             reason = _reason(self._turn, event, reader.has_called)
             yield from self._end(shapes.chat_chunk(self._naming, index, {}, reason))
+
+    def _content_chunk(self, index: int, text: str) -> dict[str, Any]:
+        return shapes.chat_chunk(self._naming, index, _delta_body(self._turn, ContentDelta(text)))
+
+    def _text(self, index: int, event: TextDelta, deltas: Sequence[Delta]) -> Iterator[bytes]:
+        if self._has_only_text and len(deltas) == 1 and isinstance(deltas[0], ContentDelta):
+            yield self._frames[index].block(deltas[0].text)
+            return
+        for chunk in self._chunks(index, deltas):
+            yield encode(shapes.add_timings(chunk, event.timings))
 
     def _chunks(self, index: int, deltas: Iterable[Delta]) -> Iterator[dict[str, Any]]:
         for delta in deltas:

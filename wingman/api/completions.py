@@ -14,7 +14,7 @@ from wingman.api.native import Completion, answer_natively, build_completion
 from wingman.api.probabilities import native_probs
 from wingman.api.prompts import read_prompts, split_prompts
 from wingman.api.schema import CompletionRequest, parse_body
-from wingman.api.streams import DONE, EventWriter, encode, event_stream
+from wingman.api.streams import DONE, EventWriter, TextFrame, encode, event_stream
 from wingman.engine.types import Finished, JobEvent, Progress, TextDelta, TokenProb
 from wingman.errors import InvalidRequest
 from wingman.http.messages import Answer, Request, Response
@@ -101,6 +101,9 @@ class _TextWriter(EventWriter):
         self._unsent: list[tuple[TokenProb, ...]] = [()] * len(prepared.jobs)
         """Probabilities of tokens whose text is held back; they are reported with the text."""
         self._ended: dict[int, Finished] = {}
+        job = prepared.jobs[0]
+        self._has_only_text = not job.n_probs and not job.timings_per_token
+        self._frames = [TextFrame(partial(self._chunk, index)) for index in range(len(prepared.jobs))]
 
     def start(self) -> Iterator[bytes]:
         """The prompts, if they are wanted."""
@@ -113,6 +116,9 @@ class _TextWriter(EventWriter):
         """A chunk for what can be seen."""
         index = self._indexes[event.job_id]
         if isinstance(event, TextDelta):
+            if self._has_only_text and event.text:
+                yield self._frames[index].block(event.text)
+                return
             self._unsent[index] += event.probs
             if event.text:
                 yield encode(shapes.add_timings(self._text_chunk(index, event.text), event.timings))

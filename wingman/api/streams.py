@@ -6,8 +6,9 @@ here asks it once a step, so that what a step says leaves in one write. On the l
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from itertools import chain
 from typing import Any, Final
 
@@ -25,6 +26,18 @@ DONE: Final = encode_event(b"[DONE]")
 def encode(body: dict[str, Any]) -> bytes:
     """An event block with a JSON object."""
     return encode_event(orjson.dumps(body))
+
+
+class TextFrame:
+    """Event blocks that differ in one text: those of `encode(make(text))`, with all else rendered once."""
+
+    def __init__(self, make: Callable[[str], dict[str, Any]]) -> None:
+        place = secrets.token_hex(16)
+        self._before, self._after = encode(make(place)).split(orjson.dumps(place))
+
+    def block(self, text: str) -> bytes:
+        """The block with this text."""
+        return self._before + orjson.dumps(text) + self._after
 
 
 class EventWriter(ABC):
