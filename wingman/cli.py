@@ -42,8 +42,7 @@ _UNUSED_WITH_VALUE: Final = frozenset(
     --n-cpu-ffn -ts --tensor-split -fit --fit -fitt --fit-target -fitc --fit-ctx
     --control-vector --control-vector-scaled --log-file --log-colors -lv --verbosity
     --log-verbosity --sampler-seq --sampling-seq
-    -md --model-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min
-    --spec-draft-n-max --spec-type -ctxcp --ctx-checkpoints -cms  --cache-reuse -mm
+    -ctxcp --ctx-checkpoints -cms  --cache-reuse -mm
     --mmproj --tags --embd-normalize --path --api-prefix --tools -to --timeout --threads-http
     --reasoning-effort --reasoning-budget
     --models-dir -hf --hf-repo -hff --hf-file -mu --model-url --ssl-key-file

@@ -115,6 +115,21 @@ class ContextConfig:
         "(default: an eighth of what is free, 8192 at most)")  # fmt: skip
     slot_prompt_similarity: float = option(0.1, "-sps", "--slot-prompt-similarity", metavar="SHARE",
         help="least share of a prompt a slot must hold to be chosen for it; 0: off")  # fmt: skip
+    spec_type: str = option("auto", "--spec-type", env="LLAMA_ARG_SPEC_TYPE",
+        choices=("auto", "none", "ngram-simple", "draft-simple"),
+        help="guess tokens ahead and check them together; auto: with the draft model or else by what the text "
+        "said before, as far as it makes this machine faster")  # fmt: skip
+    model_draft: Path | None = option(None, "-md", "--model-draft", "--spec-draft-model",
+        env="LLAMA_ARG_MODEL_DRAFT", parse=Path, metavar="FILE",
+        help="GGUF file of a small model with the same vocabulary that guesses ahead")  # fmt: skip
+    n_gpu_layers_draft: int = option(-1, "-ngld", "--gpu-layers-draft", env="LLAMA_ARG_N_GPU_LAYERS_DRAFT",
+        parse=parse_gpu_layers, metavar="N", help="its layers kept on the GPU; -1: all")  # fmt: skip
+    draft_max: int = option(16, "--draft", "--draft-n", "--spec-draft-n-max", "--draft-max", metavar="N",
+        env="LLAMA_ARG_DRAFT_MAX", help="most tokens guessed ahead; 0: none")  # fmt: skip
+    draft_min: int = option(0, "--draft-n-min", "--spec-draft-n-min", "--draft-min", metavar="N",
+        env="LLAMA_ARG_DRAFT_MIN", help="shorter guesses are not used")  # fmt: skip
+    draft_p_min: float = option(0.0, "--spec-draft-p-min", "--draft-p-min", env="LLAMA_ARG_DRAFT_P_MIN",
+        metavar="P", help="the draft model stops where its best guess is less likely")  # fmt: skip
     n_predict: int = option(-1, "-n", "--predict", "--n-predict", env="LLAMA_ARG_N_PREDICT", metavar="N",
         help="most tokens to generate when the request names none; -1: no limit")  # fmt: skip
     n_keep: int = option(0, "--keep", metavar="N", help="prompt tokens kept on a context shift; -1: all")
@@ -347,6 +362,9 @@ _BOUNDS: Final = {
     "ubatch_size": (1, 2**20),
     "max_step_ms": (1, 60_000),
     "cache_ram": (-1, 2**40),
+    "draft_max": (0, 256),
+    "draft_min": (0, 256),
+    "draft_p_min": (0.0, 1.0),
     "threads": (0, 1024),
     "threads_batch": (0, 1024),
     "n_predict": (-1, 2**31 - 1),

@@ -13,6 +13,8 @@ from tests.support.runner import entries, solo_output
 from tests.support.scheduler import Machine
 from wingman.engine.types import (
     Constraint,
+    Drafting,
+    DraftKind,
     Failed,
     FailureKind,
     Finished,
@@ -33,6 +35,7 @@ class AnyOrder(RuleBasedStateMachine):
     """Every slot has room of its own."""
 
     limits: dict[str, object] = {}
+    drafting = Drafting()
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,6 +84,7 @@ class AnyOrder(RuleBasedStateMachine):
                 lora=lora,
                 constraint=BOUND if is_bound else None,
                 fork_of=leader if index else None,
+                drafting=self.drafting,
             )
 
     @rule(slot=st.integers(0, N_SLOTS - 1), move=st.sampled_from([SlotMove.SAVE, SlotMove.ERASE]))
@@ -237,9 +241,23 @@ class AnyOrderUnifiedShared(AnyOrderUnified):
     limits = {"n_ctx": 2 * N_CTX_SLOT, "is_unified": True, "min_shared": 2, "parked_bytes": 600}
 
 
+class AnyOrderGuessed(AnyOrder):
+    """Tokens are guessed ahead, sometimes rightly."""
+
+    drafting = Drafting(DraftKind.MODEL, n_max=4)
+
+
+class AnyOrderUnifiedGuessed(AnyOrderUnified):
+    """The same where room is short."""
+
+    limits = {"n_ctx": 2 * N_CTX_SLOT, "is_unified": True, "min_shared": 2, "parked_bytes": 600}
+    drafting = Drafting(DraftKind.MODEL, n_max=4)
+
+
 SETTINGS = settings(max_examples=80, stateful_step_count=40, deadline=None, report_multiple_bugs=False)
 for case in (
-    AnyOrder, AnyOrderUnified, AnyOrderNoRollback, AnyOrderWindow, AnyOrderShared, AnyOrderUnifiedShared
+    AnyOrder, AnyOrderUnified, AnyOrderNoRollback, AnyOrderWindow, AnyOrderShared, AnyOrderUnifiedShared,
+    AnyOrderGuessed, AnyOrderUnifiedGuessed,
 ):  # fmt: skip
     case.TestCase.settings = SETTINGS
 TestAnyOrder = AnyOrder.TestCase
@@ -248,3 +266,5 @@ TestAnyOrderNoRollback = AnyOrderNoRollback.TestCase
 TestAnyOrderWindow = AnyOrderWindow.TestCase
 TestAnyOrderShared = AnyOrderShared.TestCase
 TestAnyOrderUnifiedShared = AnyOrderUnifiedShared.TestCase
+TestAnyOrderGuessed = AnyOrderGuessed.TestCase
+TestAnyOrderUnifiedGuessed = AnyOrderUnifiedGuessed.TestCase

@@ -107,6 +107,7 @@ class ScriptedRunner:
         self.n_batch = self.n_ubatch = n_batch
         self.can_rollback = True
         self.n_window = 0
+        self.draft_model = None
         self.parked: dict[int, list[int]] = {}
         self.samplers: dict[int, SamplerStart] = {}
         self.fail_at: set[int] = set()

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from tests.support.runner import ScriptedRunner
+from collections.abc import Sequence
+
+from tests.support.runner import ScriptedRunner, next_token
 from wingman.config import SamplingParams
+from wingman.engine.drafting import Draft, DraftRequest
 from wingman.engine.limits import SchedulerLimits
 from wingman.engine.runner import Batch, RunnerFailure
 from wingman.engine.scheduler import Scheduler
 from wingman.engine.types import FailureKind, Finished, Job, JobEvent, SlotChanged, SlotJob, SlotMove
 
 GREEDY = SamplingParams(temperature=0.0)
+
+
+def half_right(requests: Sequence[DraftRequest]) -> list[Draft]:
+    """A draft model that is right for a while: how long depends on the text."""
+    drafts = []
+    for request in requests:
+        held, guesses = list(request.tokens), []
+        for _ in range(sum(held) % (request.n_max + 1)):
+            guesses.append(next_token(held))
+            held.append(guesses[-1])
+        drafts.append(Draft([*guesses, 5][: request.n_max], 0))
+    return drafts
 
 
 class Machine:
@@ -28,6 +43,7 @@ class Machine:
             SchedulerLimits(**fields),  # type: ignore[arg-type]
             self.runner.tokenizer,
             self.runner.slot_bytes,
+            half_right,
         )
         self.now = 0.0
         self.events: list[JobEvent] = []

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from wingman.api.ranges import COUNT_OR_ALL, INT32_MAX, LIMITS, Range, read_number
+from wingman.api.ranges import COUNT_OR_ALL, DRAFTING, INT32_MAX, LIMITS, Range, read_number
 from wingman.api.sampling import SamplingReader
 from wingman.api.schema import GenerationFields
-from wingman.config import Config
+from wingman.config import Config, ContextConfig
 from wingman.engine.runner import SamplerParts, Tokenizer
-from wingman.engine.types import Constraint, Job, ModelInfo
+from wingman.engine.types import Constraint, Drafting, DraftKind, Job, ModelInfo
 from wingman.errors import InvalidRequest
 from wingman.options import RANDOM_SEED
 from wingman.services.served import ServedModel
@@ -88,6 +88,7 @@ class JobMaker:
             n_probs=min(read_n_probs(fields), context.max_probs, self.info.n_vocab),
             post_sampling_probs=bool(fields.post_sampling_probs),
             lora=read_lora(fields.lora, self.lora_scales),
+            drafting=read_drafting(fields, context),
             **limits,
         )
 
@@ -147,6 +148,26 @@ def read_lora(raw: list[Any] | None, default: tuple[float, ...]) -> tuple[float,
             raise InvalidRequest(f"Field '{where}.scale': must be a number", where)
         scales[item["id"]] = float(read_number(scale, f"{where}.scale", Range(float)))
     return tuple(scales)
+
+
+def read_drafting(fields: GenerationFields, context: ContextConfig) -> Drafting:
+    """How tokens are guessed ahead; the fields are named with a dot, after llama-server's."""
+    kinds = [kind.value for kind in DraftKind]
+    kind = fields.speculative_type or context.spec_type
+    if kind not in kinds:
+        raise InvalidRequest(
+            f"Field 'speculative.type': must be one of {', '.join(kinds)}", "speculative.type"
+        )
+
+    def number(value: Any, name: str, default: Any) -> Any:
+        return default if value is None else read_number(value, f"speculative.{name}", DRAFTING[name])
+
+    return Drafting(
+        kind=DraftKind(kind),
+        n_max=min(number(fields.speculative_n_max, "n_max", context.draft_max), context.draft_max),
+        n_min=number(fields.speculative_n_min, "n_min", context.draft_min),
+        p_min=number(fields.speculative_p_min, "p_min", context.draft_p_min),
+    )
 
 
 def read_stop(raw: Any) -> tuple[str, ...]:

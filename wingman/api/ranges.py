@@ -65,6 +65,13 @@ LIMITS: Final[dict[str, Range]] = {
     "t_max_predict_ms": Range(int, -1, INT64_MAX),
 }
 
+DRAFTING: Final[dict[str, Range]] = {
+    "n_max": COUNT,
+    "n_min": COUNT,
+    "p_min": Range(float, 0.0, 1.0),
+}
+"""Fields `speculative.*`."""
+
 
 def read_number(value: Any, field: str, bounds: Range) -> Any:
     """A request's number within its range; raises InvalidRequest naming the field."""

@@ -124,6 +124,10 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     samplers: Any = None
     id_slot: Any = None
     lora: list[Any] | None = None
+    speculative_type: str | None = msgspec.field(default=None, name="speculative.type")
+    speculative_n_max: Number | None = msgspec.field(default=None, name="speculative.n_max")
+    speculative_n_min: Number | None = msgspec.field(default=None, name="speculative.n_min")
+    speculative_p_min: Number | None = msgspec.field(default=None, name="speculative.p_min")
 
 
 class CompletionRequest(GenerationFields, kw_only=True):

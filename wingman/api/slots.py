@@ -60,7 +60,7 @@ def _slot_body(served: ServedModel, slot: SlotView) -> dict[str, Any]:
     body: dict[str, Any] = {
         "id": slot.id,
         "n_ctx": served.info.n_ctx_slot,
-        "speculative": False,
+        "speculative": served.config.context.spec_type != "none",
         "is_processing": slot.is_busy,
         "state": int(slot.is_busy),
         "model": served.name,

@@ -157,7 +157,8 @@ class Engine:
         return self._make_runner(self._model, self._context, on_progress)
 
     def _new_scheduler(self, runner: Runner) -> Scheduler:
-        return Scheduler(_limits(runner, self._context), runner.tokenizer, runner.slot_bytes)
+        limits = _limits(runner, self._context)
+        return Scheduler(limits, runner.tokenizer, runner.slot_bytes, runner.draft_model)
 
     # -- jobs ---------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from wingman.config import SamplingParams
+from wingman.engine.drafting import Draft, DraftRequest
 from wingman.engine.types import Constraint, ModelInfo, TokenProb
 
 OnProgress = Callable[[float], bool]
@@ -216,6 +217,10 @@ class Runner(Protocol):
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens where
         the model allows it: [] after each but the last. Raises RunnerFailure."""
+
+    @property
+    def draft_model(self) -> Callable[[Sequence[DraftRequest]], list[Draft]] | None:
+        """What guesses with a second model, if there is one."""
 
     def slot_bytes(self, slot_id: int) -> int:
         """Size of the serialised cache of a slot."""

@@ -15,19 +15,20 @@ Engine thread only; the clock is passed in; nothing blocks.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
 from typing import TypeGuard
 
 from wingman.engine.cache import KvCache
+from wingman.engine.drafts import AskModel, Drafts, Opening
 from wingman.engine.lifecycle import JobMove, JobState
 from wingman.engine.limits import SchedulerLimits
+from wingman.engine.occupancy import UNIFIED_RESERVE_TOKENS, Occupancy
 from wingman.engine.pace import PrefillPace
 from wingman.engine.runner import Batch, Chunk, Fork, SamplerStart, Samples, Vocabulary
 from wingman.engine.sequence import Sequence
 from wingman.engine.slotjobs import SlotJobs
-from wingman.engine.slots import Slot, common_prefix
+from wingman.engine.slots import Slot
 from wingman.engine.stats import EngineStats
 from wingman.engine.types import (
     Failed,
@@ -43,30 +44,29 @@ from wingman.engine.types import (
 )
 from wingman.engine.views import snapshot_of
 
-UNIFIED_RESERVE_TOKENS = 32
-"""Room that each running generation keeps when a prompt enters a unified cache: a newcomer waits rather
-than cut a neighbour off."""
 _ENDLESS = 1 << 40
-
-log = logging.getLogger("wingman.engine")
 
 
 class Scheduler:
-    """Jobs, slots and the queue of one model. `slot_bytes` gives the serialised size of a slot."""
+    """Jobs, slots and the queue of one model. `slot_bytes` gives the serialised size of a slot,
+    `ask_draft_model` the guesses of a draft model."""
 
     def __init__(
         self,
         limits: SchedulerLimits,
         vocabulary: Vocabulary,
         slot_bytes: Callable[[int], int] = lambda _: 0,
+        ask_draft_model: AskModel | None = None,
     ) -> None:
         self._limits = limits
         self._vocabulary = vocabulary
         self._cache = KvCache(limits.cache, slot_bytes)
+        self._drafts = Drafts(ask_draft_model)
         self.slot_jobs = SlotJobs(self._cache)
         self._queue: deque[Sequence] = deque()
         self._jobs: dict[int, Sequence] = {}
         self._events: list[JobEvent] = []
+        self._occupancy = Occupancy(limits, self._cache, self._jobs)
         self._lora: tuple[float, ...] = ()
         self._pace = PrefillPace(limits.n_batch, limits.n_ubatch, limits.max_step_s)
         self.stats = EngineStats()
@@ -138,6 +138,7 @@ class Scheduler:
 
     def _retire(self, sequence: Sequence) -> None:
         sequence.part()
+        self._drafts.forget(sequence.job.id)
         del self._jobs[sequence.job.id]
         if sequence.slot_id < 0:
             self._queue.remove(sequence)
@@ -179,11 +180,11 @@ class Scheduler:
     def plan(self, now: float) -> Batch | None:
         """The next batch, or None when there is nothing to compute."""
         self._admit(now)
-        self._settle_all(now)
+        for sequence in self._occupancy.settle_all():
+            self._report_progress(sequence, now)
         self._choose_lora()
         chunks: list[Chunk] = []
-        for sequence in self._decoding():
-            self._plan_decode(sequence, chunks)
+        self._plan_decodes(self._decoding(), chunks)
         samplers, forks = self._plan_prefill(chunks)
         if not chunks and not self._cache.has_ops:
             return None
@@ -218,71 +219,6 @@ class Scheduler:
         self.stats.queue_wait.observe(now - sequence.queued_at)
         self._events.append(Started(sequence.job.id, slot.id))
 
-    # -- cached prefixes ------------------------------------------------------------------------
-
-    def _settle_all(self, now: float) -> None:
-        """Let jobs that have just got a slot take over what is cached of their prompts, oldest first."""
-        for sequence in tuple(self._jobs.values()):
-            if sequence.state is not JobState.PREFILL or sequence.is_settled or sequence.is_awaiting:
-                continue
-            sequence.awaited = self._longer_prefix(sequence)
-            if sequence.awaited is None and self._has_room_again(sequence):
-                self._settle(sequence, now)
-
-    def _settle(self, sequence: Sequence, now: float) -> None:
-        job, slot = sequence.job, self._cache.slots[sequence.slot_id]
-        if job.cache_prompt or sequence.output:
-            reuse = self._cache.reuse(slot, sequence.prompt, job.lora)
-            n_cached, reason = reuse.n_tokens, reuse.reason
-        else:
-            self._cache.release(slot)
-            slot.lora = job.lora
-            n_cached, reason = 0, "cache_prompt is false"
-        sequence.settle(n_cached)
-        log.debug("job %d: %d of %d tokens cached: %s", job.id, n_cached, len(sequence.prompt), reason)
-        self._report_progress(sequence, now)
-
-    def _longer_prefix(self, sequence: Sequence) -> tuple[Sequence, int] | None:
-        """An older job that is computing a longer prefix of this prompt than anybody holds yet, and how long."""
-        job = sequence.job
-        if not job.cache_prompt or not self._limits.can_rollback:
-            return None
-        older = [
-            other
-            for other in self._jobs.values()
-            if other.state is JobState.PREFILL and other.job.id < job.id and other.job.lora == job.lora
-        ]
-        if not older:
-            return None
-        n_common = {other.job.id: common_prefix(other.prompt, sequence.prompt) for other in older}
-        best = max(older, key=lambda other: n_common[other.job.id])
-        n_shared = min(n_common[best.job.id], len(sequence.prompt) - 1)
-        n_held = self._cache.n_obtainable(sequence.prompt, job.lora)
-        return (best, n_shared) if n_shared >= n_held + self._limits.min_shared else None
-
-    def _has_room_again(self, sequence: Sequence) -> bool:
-        """Whether a preempted sequence fits the shared pool now; one that is alone and does not fit ends."""
-        if not sequence.is_preempted:
-            return True
-        n_wanted = len(sequence.prompt) + (self._n_generating() + 1) * UNIFIED_RESERVE_TOKENS
-        if self._cache.make_room(n_wanted):
-            return True
-        if self._victim() is None:
-            return self._cache.make_room(len(sequence.prompt) + 1)
-        return False
-
-    def _victim(self) -> Sequence | None:
-        """The youngest sequence that holds tokens, unless it is the only one."""
-        holding = [slot.sequence for slot in self._cache.slots if slot.sequence is not None and slot.tokens]
-        return max(holding, key=lambda sequence: sequence.job.id) if len(holding) > 1 else None
-
-    def _preempt(self, sequence: Sequence) -> None:
-        slot = self._cache.slots[sequence.slot_id]
-        log.debug("job %d makes room: %d tokens", sequence.job.id, len(slot.tokens))
-        sequence.preempt(slot.tokens)
-        self._cache.release(slot)
-        self.stats.n_preemptions += 1
-
     def _choose_lora(self) -> None:
         """A step has one set of adapter scales; jobs that want different ones take turns."""
         wanted = sorted({slot.sequence.job.lora for slot in self._cache.slots if slot.sequence is not None})
@@ -304,21 +240,45 @@ class Scheduler:
             due = [
                 slot.sequence for slot in self._cache.slots if self._is_due(slot.sequence, JobState.DECODE)
             ]
-            victim = None if self._cache.make_room(len(due)) else self._victim()
+            victim = None if self._cache.make_room(len(due)) else self._occupancy.victim()
             if victim is None:
                 return due
-            self._preempt(victim)
+            self._occupancy.preempt(victim)
 
-    def _plan_decode(self, sequence: Sequence, chunks: list[Chunk]) -> None:
-        slot = self._cache.slots[sequence.slot_id]
-        if self._limits.shifts_context and len(slot.tokens) + 1 >= self._limits.n_ctx_slot:
-            self._shift(slot, sequence)
-        if not self._cache.make_room(1):  # nobody else is there to make room
-            self._end_early(sequence, truncated=True)
-            return
-        tokens = (sequence.next_token,)
-        chunks.append(Chunk(slot.id, sequence.job.id, tokens, len(slot.tokens), wants_sample=True))
-        slot.tokens.extend(tokens)
+    def _plan_decodes(self, due: list[Sequence], chunks: list[Chunk]) -> None:
+        """Add the last token of each sequence and, where it pays, guesses of the next ones."""
+        for sequence in due:
+            slot = self._cache.slots[sequence.slot_id]
+            if self._limits.shifts_context and len(slot.tokens) + 1 >= self._limits.n_ctx_slot:
+                self._shift(slot, sequence)
+        for sequence, draft in zip(due, self._guesses(due), strict=True):
+            slot = self._cache.slots[sequence.slot_id]
+            if not self._cache.make_room(1 + len(draft)):  # nobody else is there to make room
+                self._end_early(sequence, truncated=True)
+                continue
+            tokens = (sequence.next_token, *draft)
+            position = len(slot.tokens)
+            chunks.append(Chunk(slot.id, sequence.job.id, tokens, position, True, len(draft)))
+            slot.tokens.extend(tokens)
+
+    def _guesses(self, due: list[Sequence]) -> list[list[int]]:
+        """Guesses for each sequence; none while prompts are evaluated, which fill the step anyway."""
+        is_filled = any(self._is_due(each, JobState.PREFILL) for each in self._jobs.values())
+        n_most = min(self._limits.n_ubatch, self._limits.n_batch) - len(due)
+        if self._limits.is_unified:
+            n_most = min(n_most, self._limits.n_ctx_total - self._cache.n_held - len(due))
+        if is_filled or not due or n_most <= 0:
+            return [[] for _ in due]
+        return self._drafts.plan(list(map(self._opening, due)), len(due), n_most)
+
+    def _opening(self, sequence: Sequence) -> Opening:
+        held = self._cache.slots[sequence.slot_id].tokens
+        n_most = self._limits.n_ctx_slot - len(held) - 2
+        if sequence.job.n_predict >= 0:
+            n_most = min(n_most, sequence.job.n_predict - len(sequence.output) - 1)
+        if not self._limits.can_rollback:  # while it is short enough
+            n_most = min(n_most, self._limits.n_window - len(held) - 1)
+        return Opening(sequence, [*held, sequence.next_token], n_most)
 
     def _shift(self, slot: Slot, sequence: Sequence) -> None:
         """Forget n_discard tokens after the first n_keep (pre_decode of llama-server)."""
@@ -334,7 +294,7 @@ class Scheduler:
         samplers: list[SamplerStart] = []
         forks: list[Fork] = []
         budget = self._pace.budget(sum(len(chunk.tokens) for chunk in chunks))
-        n_generating = self._n_generating()
+        n_generating = self._occupancy.n_generating
         n_reserved = n_generating * UNIFIED_RESERVE_TOKENS
         due = [sequence for sequence in self._jobs.values() if self._is_due(sequence, JobState.PREFILL)]
         for sequence in due:  # in order of arrival
@@ -372,20 +332,13 @@ class Scheduler:
     def _give_way(self, sequence: Sequence) -> None:
         """Nothing generates and a prompt does not fit beside others that are on their way: the youngest
         waits. One that does not fit alone never will."""
-        victim = self._victim()
+        victim = self._occupancy.victim()
         if victim is not None:
-            self._preempt(victim)
+            self._occupancy.preempt(victim)
         elif not sequence.output:
             self.fail(sequence.job.id, FailureKind.ENGINE, "the shared context is full")
         else:
             self._end_early(sequence, truncated=True)
-
-    def _n_generating(self) -> int:
-        """Sequences that will end by themselves and give room, whosever turn it is."""
-        return sum(
-            slot.sequence is not None and bool(slot.sequence.output) and slot.sequence.is_settled
-            for slot in self._cache.slots
-        )
 
     def _plan_forks(self, leader: Sequence) -> list[Fork]:
         """Copies of a prompt that is complete after this step; the sequences go their own ways then."""
@@ -400,7 +353,9 @@ class Scheduler:
 
     def apply(self, batch: Batch, samples: Samples, now: float) -> None:
         """Account for a computed batch. Chunks of jobs cancelled meanwhile are passed over."""
-        self._pace.observe(batch.n_tokens, now - batch.planned_at)
+        elapsed = now - batch.planned_at
+        self._pace.observe(batch.n_tokens, elapsed)
+        self._drafts.observe(batch.n_tokens, elapsed)
         self.stats.sample_seconds += samples.sample_s
         for chunk in batch.chunks:
             sequence = self._jobs.get(chunk.job_id)
@@ -484,7 +439,7 @@ class Scheduler:
 
     def snapshot(self) -> Snapshot:
         """A frozen view for monitoring; a few microseconds."""
-        return snapshot_of(self._cache.slots, self._cache.parked, len(self._queue), self.stats)
+        return snapshot_of(self._cache, self._occupancy, len(self._queue), self.stats)
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps; used by tests after every move."""

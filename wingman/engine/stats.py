@@ -45,7 +45,6 @@ class EngineStats:
         "first_token",
         "n_busy_slots_total",
         "n_drafts",
-        "n_preemptions",
         "n_steps",
         "n_tokens_max",
         "predicted_seconds",
@@ -67,7 +66,6 @@ class EngineStats:
         self.predicted_tokens = 0
         self.predicted_seconds = 0.0
         self.sample_seconds = 0.0
-        self.n_preemptions = 0
         self.n_drafts = 0
         self.draft_tokens = 0
         self.draft_tokens_accepted = 0

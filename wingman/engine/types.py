@@ -33,6 +33,27 @@ class Constraint:
     trigger_tokens: tuple[int, ...] = ()
 
 
+class DraftKind(enum.Enum):
+    """Who guesses tokens ahead, in llama-server's words where it has any."""
+
+    AUTO = "auto"
+    """A draft model if there is one, else what the text said before; only as far as it pays."""
+    NONE = "none"
+    LOOKUP = "ngram-simple"
+    MODEL = "draft-simple"
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How tokens are guessed ahead: at most `n_max` of a sequence in a step, at least `n_min` or none; a draft
+    model stops where its best guess is less likely than `p_min`."""
+
+    kind: DraftKind = DraftKind.NONE
+    n_max: int = 16
+    n_min: int = 0
+    p_min: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One prompt to be completed once. `prompt` is never empty; counts are in tokens."""
@@ -62,6 +83,7 @@ class Job:
     post_sampling_probs: bool = False
     lora: tuple[float, ...] = ()
     """Scale of each loaded adapter."""
+    drafting: Drafting = Drafting()
     fork_of: int | None = None
     """The job with the same prompt whose evaluation this one shares; both are submitted together."""
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from wingman.engine.parked import ParkedSequences
+from wingman.engine.cache import KvCache
+from wingman.engine.occupancy import Occupancy
 from wingman.engine.slots import Slot
 from wingman.engine.stats import EngineStats
 from wingman.engine.types import SlotView, Snapshot
 
 
-def snapshot_of(
-    slots: Iterable[Slot], parked: ParkedSequences, n_waiting: int, stats: EngineStats
-) -> Snapshot:
+def snapshot_of(cache: KvCache, occupancy: Occupancy, n_waiting: int, stats: EngineStats) -> Snapshot:
     """The engine at the end of a step; a few microseconds."""
     return Snapshot(
-        slots=tuple(_view(slot) for slot in slots),
+        slots=tuple(_view(slot) for slot in cache.slots),
         n_waiting=n_waiting,
         n_steps=stats.n_steps,
         n_busy_slots_total=stats.n_busy_slots_total,
@@ -25,13 +22,13 @@ def snapshot_of(
         predicted_tokens_total=stats.predicted_tokens,
         predicted_seconds_total=stats.predicted_seconds,
         sample_seconds_total=stats.sample_seconds,
-        n_preemptions_total=stats.n_preemptions,
+        n_preemptions_total=occupancy.n_preemptions,
         n_drafts_total=stats.n_drafts,
         draft_tokens_total=stats.draft_tokens,
         draft_tokens_accepted_total=stats.draft_tokens_accepted,
-        parked_bytes=parked.n_bytes,
-        parked_budget_bytes=parked.budget_bytes,
-        n_parked=parked.n_entries,
+        parked_bytes=cache.parked.n_bytes,
+        parked_budget_bytes=cache.parked.budget_bytes,
+        n_parked=cache.parked.n_entries,
         n_tokens_max=stats.n_tokens_max,
         first_token=stats.first_token.view(),
         token_gap=stats.token_gap.view(),

@@ -97,9 +97,9 @@ def _counters(snapshot: Snapshot) -> Iterable[Metric]:
         ("tokens_predicted_seconds_total", "Generation time.", snapshot.predicted_seconds_total),
         ("n_decode_total", "llama_decode calls.", snapshot.n_steps),
         ("n_tokens_max", "Largest number of tokens a slot held.", snapshot.n_tokens_max),
-        ("spec_decode_num_draft_tokens_total", "Draft tokens proposed.", 0),
-        ("spec_decode_num_accepted_tokens_total", "Draft tokens accepted.", 0),
-        ("spec_decode_num_drafts_total", "Drafts made.", 0),
+        ("spec_decode_num_draft_tokens_total", "Draft tokens proposed.", snapshot.draft_tokens_total),
+        ("spec_decode_num_accepted_tokens_total", "Draft tokens accepted.", snapshot.draft_tokens_accepted_total),
+        ("spec_decode_num_drafts_total", "Drafts made.", snapshot.n_drafts_total),
     ):
         yield CounterMetricFamily(f"llamacpp:{name}", text, value)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from wingman.config import ContextConfig, ModelConfig
+from wingman.engine.drafting import Draft, DraftRequest
 from wingman.engine.llama import binding
 from wingman.engine.llama.binding import lib
+from wingman.engine.llama.candidates import Candidates
 from wingman.engine.llama.context import LlamaContext, context_params
+from wingman.engine.llama.draft import DraftModel
 from wingman.engine.llama.embedder import Embedder, describe_embedding
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.parts import LlamaParts
-from wingman.engine.llama.sampler import Candidates, Draw, Sampler
+from wingman.engine.llama.sampler import Draw, Sampler
 from wingman.engine.runner import Batch, OnProgress, RunnerFailure, SamplerStart, Samples, Tokenizer
 from wingman.engine.types import ModelInfo
 
@@ -29,6 +32,7 @@ class LlamaRunner:
         self._model = LlamaModel(model, on_progress)
         self._context: LlamaContext | None = None
         self._embedder: Embedder | None = None
+        self._draft: DraftModel | None = None
         self._samplers: dict[int, Sampler] = {}
         try:
             self._open(context)
@@ -41,6 +45,8 @@ class LlamaRunner:
         if self._model.can_generate:
             self._context = LlamaContext(self._model, context)
             self._context.warm_up(self._model)
+            if context.model_draft is not None:
+                self._draft = DraftModel(self._model, _draft_config(context), context)
         self.tokenizer: Tokenizer = self._model.tokenizer
         self.info = self._describe()
         self._candidates = Candidates(self.info.n_vocab)
@@ -124,6 +130,11 @@ class LlamaRunner:
             self._embedder = Embedder(self._model, params, self.info.embedding)
         return self._embedder
 
+    @property
+    def draft_model(self) -> Callable[[Sequence[DraftRequest]], list[Draft]] | None:
+        """What guesses with a second model, if there is one."""
+        return None if self._draft is None else self._draft.draft
+
     def slot_bytes(self, slot_id: int) -> int:
         """Size of the serialised cache of a slot."""
         return self._generating().slot_bytes(slot_id)
@@ -150,7 +161,7 @@ class LlamaRunner:
         self._model.close()
 
     def _close_contexts(self) -> None:
-        for context in (self._context, self._embedder):
+        for context in (self._draft, self._context, self._embedder):
             if context is not None:
                 context.close()
 
@@ -196,6 +207,10 @@ class LlamaRunner:
             eog_tokens=tokenizer.eog_tokens,
             metadata=model.metadata(),
         )
+
+
+def _draft_config(context: ContextConfig) -> ModelConfig:
+    return ModelConfig(model=context.model_draft, n_gpu_layers=context.n_gpu_layers_draft)
 
 
 def _samples(runs: dict[int, tuple[Draw, ...]], sample_s: float) -> Samples:

@@ -1,0 +1,120 @@
+"""The drafts of all sequences that generate in a step: who guesses, how far, and how it turned out.
+
+Guesses come from the text itself or, where there is one, from a draft model. How many are sent to the model
+is decided by what steps cost and how often a sequence's guesses are right, so a text that can't be guessed
+is left alone. Engine thread only; asking the draft model takes its time, the rest is pure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from wingman.engine.drafting import NO_DRAFT, Draft, DraftRequest, NgramDrafter
+from wingman.engine.sequence import Sequence as Generating
+from wingman.engine.speculation import Candidate, SequenceSpeculation, StepCosts, choose
+from wingman.engine.types import DraftKind
+
+AskModel = Callable[[Sequence[DraftRequest]], list[Draft]]
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A generating sequence, the tokens its slot will hold before the guesses, and how many it may get."""
+
+    sequence: Generating
+    held: Sequence[int]
+    n_most: int
+
+
+class _Guesser:
+    """What is known of one sequence."""
+
+    __slots__ = ("draft", "lookup", "n_seen", "record")
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.lookup = NgramDrafter()
+        self.lookup.extend(prompt)
+        self.record = SequenceSpeculation()
+        self.draft = NO_DRAFT
+        self.n_seen = 0
+        """Output tokens that it has learned from."""
+
+    def learn(self, output: Sequence[int]) -> None:
+        """Compare the last draft with what came, and add that to what can be looked up."""
+        sampled = output[self.n_seen :]
+        if self.n_seen:
+            self.record.observe(self.draft, sampled)
+        self.lookup.extend(sampled)
+        self.n_seen = len(output)
+
+
+class Drafts:
+    """Guesses for the sequences of one engine. `ask_model` drafts with a second model, if there is one."""
+
+    def __init__(self, ask_model: AskModel | None = None) -> None:
+        self._ask_model = ask_model
+        self._guessers: dict[int, _Guesser] = {}
+        self._costs = StepCosts()
+
+    def observe(self, n_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+        self._costs.observe(n_tokens, seconds)
+
+    def forget(self, job_id: int) -> None:
+        """A job has ended; unknown ids are ignored."""
+        self._guessers.pop(job_id, None)
+
+    def plan(self, openings: Sequence[Opening], n_tokens: int, n_most: int) -> list[list[int]]:
+        """Guesses for each opening, `n_most` at most in all, in a step that computes `n_tokens` anyway."""
+        candidates = [self._candidate(opening) for opening in openings]
+        lengths = choose(candidates, n_tokens, n_most, self._costs)
+        if self._ask_model is not None and any(lengths):
+            self._ask(self._ask_model, openings, lengths)
+        return [
+            self._guessers[opening.sequence.job.id].draft.tokens[:length] if length else []
+            for opening, length in zip(openings, lengths, strict=True)
+        ]
+
+    def _candidate(self, opening: Opening) -> Candidate:
+        """How likely guesses are; those by lookup are made now, a model is asked for those that are wanted."""
+        job = opening.sequence.job
+        wish = job.drafting
+        n_most = min(opening.n_most, wish.n_max)
+        is_model = self._ask_model is not None and wish.kind is not DraftKind.LOOKUP
+        is_off = wish.kind is DraftKind.NONE or (wish.kind is DraftKind.MODEL and not is_model)
+        if is_off or n_most <= 0:
+            return Candidate(())
+        guesser = self._guessers.get(job.id)
+        if guesser is None:
+            guesser = self._guessers[job.id] = _Guesser(job.prompt)
+        guesser.learn(opening.sequence.output)
+        is_forced = wish.kind is not DraftKind.AUTO
+        if is_model:
+            guesser.draft = NO_DRAFT
+            return Candidate(guesser.record.chances(0, n_most), wish.n_min, is_forced)
+        guesser.draft = guesser.lookup.draft(n_most)
+        chances = guesser.record.chances(guesser.draft.n_match, len(guesser.draft.tokens))
+        return Candidate(chances if guesser.draft.tokens else (), wish.n_min, is_forced)
+
+    def _ask(self, ask_model: AskModel, openings: Sequence[Opening], lengths: Sequence[int]) -> None:
+        """Let the model guess for those that get guesses of it."""
+        asking = [
+            (opening, length)
+            for opening, length in zip(openings, lengths, strict=True)
+            if length and not self._guessers[opening.sequence.job.id].draft.tokens
+        ]
+        requests = [
+            DraftRequest(each.sequence.slot_id, each.held, length, each.sequence.job.drafting.p_min)
+            for each, length in asking
+        ]
+        started = time.perf_counter()
+        drafts = ask_model(requests) if requests else []
+        n_rounds = max((len(draft.tokens) for draft in drafts), default=0)
+        if n_rounds:
+            self._costs.observe_drafting(n_rounds, time.perf_counter() - started)
+        for (opening, _), draft in zip(asking, drafts, strict=True):
+            wish = opening.sequence.job.drafting
+            is_long_enough = len(draft.tokens) >= wish.n_min
+            self._guessers[opening.sequence.job.id].draft = draft if is_long_enough else NO_DRAFT
