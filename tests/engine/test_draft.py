@@ -11,9 +11,9 @@ import pytest
 
 from tools.tinymodel import write_bert, write_llama
 from wingman.config import ContextConfig, ModelConfig
-from wingman.engine.drafting import NO_DRAFT, Draft
+from wingman.engine.drafting import NO_DRAFT, Draft, DraftRequest
 from wingman.engine.llama.binding import lib
-from wingman.engine.llama.draft import DraftModel, DraftRequest, check_vocabularies
+from wingman.engine.llama.draft import DraftModel, check_vocabularies
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.runner import RunnerFailure
 from wingman.errors import ModelLoadFailure

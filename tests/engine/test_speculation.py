@@ -260,6 +260,26 @@ def test_a_delayed_step_does_not_hide_a_length() -> None:
     assert slow.seconds(6) == slow.seconds(8) < 2 * costs.seconds(8)
 
 
+def test_one_slow_step_moves_little() -> None:
+    costs = learned(Q4_1)
+    costs.observe(4, 10.0)
+    assert costs.seconds(4) == pytest.approx(0.0181, rel=0.07)
+    fresh = StepCosts()
+    fresh.observe(1, 0.0058)
+    fresh.observe(8, 10.0)
+    assert fresh.seconds(8) < 0.04
+
+
+def test_what_drafts_are_compared_with_is_seen_again() -> None:
+    costs = learned(Q4_0)
+    plain = 0
+    for _ in range(1000):
+        length = choose([Candidate([1.0] * 7)], 1, 16, costs)[0]
+        costs.observe(1 + length, step_s(Q4_0, 1 + length))
+        plain += not length
+    assert 4 <= plain <= 6
+
+
 def test_load_moves_costs_that_are_not_seen() -> None:
     costs = learned(Q4_1)
     for _ in range(60):

@@ -30,6 +30,7 @@ EDGES: Final = (
     1024, 1536, 2048, 3072, 4096,
 )  # fmt: skip
 """Step sizes in tokens whose cost is remembered; between them it is a straight line."""
+_TICK_S: Final = 1e-6
 _SHAPE_RATE: Final = 0.1
 _LOAD_RATE: Final = 0.05
 _MAX_RATIO: Final = (3.0, 1.3)
@@ -65,10 +66,9 @@ class StepCosts:
     def observe(self, n_tokens: int, seconds: float) -> None:
         """A step took this long, sampling included."""
         index = _nearest_edge(n_tokens)
-        if self._is_stale(index):
-            self._n_seen[index] = 0
-        n_seen = self._n_seen[index] = self._n_seen[index] + 1
+        seconds = max(seconds, _TICK_S)
         expected = self.seconds(n_tokens) or seconds
+        n_seen = 1 if self._is_stale(index) else self._n_seen[index] + 1
         most = _MAX_RATIO[n_seen > _SETTLED]
         ratio = max(1 / most, min(seconds / expected, most))
         if n_seen == 1:
@@ -78,7 +78,7 @@ class StepCosts:
         if n_seen > _SETTLED:
             self._load *= 1 + _LOAD_RATE * (ratio - 1)
         self._n_steps += 1
-        self._seen_at[index] = self._n_steps
+        self._n_seen[index], self._seen_at[index] = n_seen, self._n_steps
         self._curve = None
 
     def observe_drafting(self, n_rounds: int, seconds: float) -> None:
