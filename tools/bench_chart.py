@@ -18,10 +18,10 @@ _PANELS: Final = (
     ("tokens_per_s", "Tokens per second, more is better"),
     ("first_p50_ms", "Time to first token in ms (median), less is better"),
 )
-_WIDTH: Final = 440
+_WIDTH: Final = 460
 _HEIGHT: Final = 280
 _LEFT: Final = 52
-_RIGHT: Final = 104
+_RIGHT: Final = 124
 _TOP: Final = 44
 _BOTTOM: Final = 40
 _LABEL_GAP: Final = 15

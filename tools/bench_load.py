@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -71,20 +71,42 @@ class Summary:
     rss_mib: float
 
 
+Stamped = list[tuple[float, bytes]]
+"""Data of events with the time each came, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a server is asked for completions, and how its streams are read."""
+
+    ready_path: str
+    """Answers 200 as soon as the model is loaded."""
+    path: str
+    body: Callable[[str, int, bool], bytes]
+    """From prompt, tokens to generate and whether the prompt may be cached."""
+    read: Callable[[float, Stamped], Exchange]
+    """From the time of the request, in seconds, and its events. Raises LoadFailure."""
+
+
 # -- load ----------------------------------------------------------------------------------------
 
 
 def run_level(
-    port: int, prompts: Sequence[Sequence[str]], *, n_predict: int, cache_prompt: bool, timeout_s: float
+    port: int,
+    prompts: Sequence[Sequence[str]],
+    *,
+    n_predict: int,
+    cache_prompt: bool,
+    timeout_s: float,
+    dialect: Dialect | None = None,
 ) -> LevelRun:
     """Run one client for each list of prompts against a server on `port`, all at once.
 
     Raises LoadFailure when any request fails or all together take longer than `timeout_s` seconds.
     """
-    bodies = [
-        [request_body(prompt, n_predict, cache_prompt=cache_prompt) for prompt in own] for own in prompts
-    ]
-    return play(_run_clients(port, bodies), timeout_s)
+    dialect = dialect or NATIVE
+    bodies = [[dialect.body(prompt, n_predict, cache_prompt) for prompt in own] for own in prompts]
+    return play(_run_clients(port, bodies, dialect), timeout_s)
 
 
 def play(scenario: Coroutine[Any, Any, T], timeout_s: float) -> T:
@@ -105,7 +127,7 @@ async def _within(scenario: Coroutine[Any, Any, T], timeout_s: float) -> T:
         raise LoadFailure(f"the connection broke: {error!r}") from error
 
 
-def request_body(prompt: str, n_predict: int, *, cache_prompt: bool) -> bytes:
+def request_body(prompt: str, n_predict: int, cache_prompt: bool) -> bytes:
     """JSON for POST /completion: greedy, streamed, exactly `n_predict` tokens long."""
     fields = {
         "prompt": prompt,
@@ -118,33 +140,31 @@ def request_body(prompt: str, n_predict: int, *, cache_prompt: bool) -> bytes:
     return json.dumps(fields).encode()
 
 
-async def _run_clients(port: int, bodies: Sequence[Sequence[bytes]]) -> LevelRun:
+async def _run_clients(port: int, bodies: Sequence[Sequence[bytes]], dialect: Dialect) -> LevelRun:
     started = time.perf_counter()
-    answers = await asyncio.gather(*(_run_client(port, own) for own in bodies))
+    answers = await asyncio.gather(*(_run_client(port, own, dialect.path) for own in bodies))
     wall_s = time.perf_counter() - started
-    exchanges = tuple(read_exchange(*answer) for own in answers for answer in own)
+    exchanges = tuple(dialect.read(*answer) for own in answers for answer in own)
     return LevelRun(len(bodies), wall_s, exchanges)
 
 
 async def stream(port: int, body: bytes, begun: asyncio.Event | None = None) -> Exchange:
     """One request of a scenario; `begun` is set when its answer is well under way."""
-    return read_exchange(*await _complete(port, body, begun))
+    return read_exchange(*await _complete(port, body, NATIVE.path, begun))
 
 
-Stamped = list[tuple[float, bytes]]
-"""Data of events with the time each came, in seconds."""
+async def _run_client(port: int, bodies: Sequence[bytes], path: str) -> list[tuple[float, Stamped]]:
+    return [await _complete(port, body, path) for body in bodies]
 
 
-async def _run_client(port: int, bodies: Sequence[bytes]) -> list[tuple[float, Stamped]]:
-    return [await _complete(port, body) for body in bodies]
-
-
-async def _complete(port: int, body: bytes, begun: asyncio.Event | None = None) -> tuple[float, Stamped]:
+async def _complete(
+    port: int, body: bytes, path: str, begun: asyncio.Event | None = None
+) -> tuple[float, Stamped]:
     """When the request began, in seconds, and its events."""
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection(LOOPBACK, port, limit=_LINE_LIMIT)
     try:
-        writer.write(_head(port, len(body)) + body)
+        writer.write(_head(port, path, len(body)) + body)
         await writer.drain()
         is_chunked = await _read_head(reader)
         events = []
@@ -161,9 +181,9 @@ async def _complete(port: int, body: bytes, begun: asyncio.Event | None = None) 
             await writer.wait_closed()
 
 
-def _head(port: int, length: int) -> bytes:
+def _head(port: int, path: str, length: int) -> bytes:
     lines = (
-        "POST /completion HTTP/1.1",
+        f"POST {path} HTTP/1.1",
         f"Host: {LOOPBACK}:{port}",
         "Content-Type: application/json",
         f"Content-Length: {length}",
@@ -213,7 +233,7 @@ def read_exchange(started: float, events: Stamped) -> Exchange:
     texts: list[tuple[float, str]] = []
     last: dict[str, Any] = {}
     for came, data in events:
-        last = _read_event(data)
+        last = read_event(data)
         if last.get("content"):
             texts.append((came, last["content"]))
     if not last.get("stop"):
@@ -233,7 +253,8 @@ def read_exchange(started: float, events: Stamped) -> Exchange:
     )
 
 
-def _read_event(data: bytes) -> dict[str, Any]:
+def read_event(data: bytes) -> dict[str, Any]:
+    """The JSON object of an event. Raises LoadFailure when it is none, or reports an error."""
     try:
         event = json.loads(data)
     except ValueError:
@@ -241,6 +262,10 @@ def _read_event(data: bytes) -> dict[str, Any]:
     if not isinstance(event, dict) or "error" in event:
         raise LoadFailure(f"the stream has {data[:1000]!r}")
     return event
+
+
+NATIVE: Final = Dialect("/health", "/completion", request_body, read_exchange)
+"""What Wingman and llama-server speak."""
 
 
 # -- numbers -------------------------------------------------------------------------------------

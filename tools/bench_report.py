@@ -133,6 +133,7 @@ def format_report(name: str, settings: Settings, done: Sequence[Reading]) -> str
 
 def _headline(name: str, workload: Workload, settings: Settings, done: Sequence[Reading]) -> list[str]:
     n_prompt = sorted(exchange.n_prompt for reading in done for exchange in reading.exchanges)
+    n_prompt = [count for count in n_prompt if count]  # not every server tells
     sizes = f", prompts of {n_prompt[0]} to {n_prompt[-1]} tokens" if n_prompt else ""
     threads = settings.n_threads or "of their own choice"
     loaded = (

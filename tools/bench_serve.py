@@ -25,6 +25,7 @@ import psutil
 
 from tools.bench_chart import format_chart
 from tools.bench_load import LoadFailure
+from tools.bench_reference import REFERENCE, find_reference
 from tools.bench_report import COLUMNS, Reading, format_markdown, format_report, write_json
 from tools.bench_servers import (
     LLAMA_SERVER,
@@ -158,15 +159,22 @@ def _wingman(name: str, flags: Sequence[str]) -> Contender:
 
 
 def _field(contenders: Sequence[Contender], settings: Settings, workload: Workload) -> list[Contender]:
-    """Who takes part in a workload: where it asks for that, Wingman with each number of threads too."""
-    if not workload.has_fixed_threads or settings.n_threads:
-        return list(contenders)
-    own = next(each for each in contenders if each.name == WINGMAN)
-    fixed = [
-        dataclasses.replace(own, name=f"{WINGMAN}-t{count}", flags=(*own.flags, "-t", str(count)))
-        for count in range(1, _cores() + 1)
-    ]
-    return [*contenders, *fixed]
+    """Who takes part in a workload: where it asks for them, also Wingman with each number of threads, and
+    the server of reference."""
+    field = list(contenders)
+    if workload.has_fixed_threads and not settings.n_threads:
+        own = next(each for each in contenders if each.name == WINGMAN)
+        field += [
+            dataclasses.replace(own, name=f"{WINGMAN}-t{count}", flags=(*own.flags, "-t", str(count)))
+            for count in range(1, _cores() + 1)
+        ]
+    if workload.has_reference:
+        reference = find_reference(_cores())
+        if reference is None:
+            _say(f"the server of {REFERENCE} is left out: what it needs is not installed")
+        else:
+            field.append(reference)
+    return field
 
 
 # -- command line ---------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Final
 
 import psutil
 
-from tools.bench_load import LOOPBACK, LoadFailure, run_level
+from tools.bench_load import LOOPBACK, NATIVE, Dialect, LoadFailure, run_level
 from tools.bench_prompts import make_prompts
 
 WINGMAN: Final = "wingman"
@@ -60,6 +60,19 @@ class Settings:
     max_time_s: float
 
 
+def shared_flags(settings: Settings, port: int) -> list[str]:
+    """The flags all servers get."""
+    threads = ("-t", str(settings.n_threads)) if settings.n_threads else ()
+    return [
+        *("--model", str(settings.model)),
+        *("--host", LOOPBACK),
+        *("--port", str(port)),
+        *("-c", str(settings.n_ctx)),
+        *("-np", str(settings.n_slots)),
+        *threads,
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Contender:
     """A server to be measured: the command that starts it, before the flags all share, and what follows them."""
@@ -69,6 +82,9 @@ class Contender:
     flags: tuple[str, ...] = ()
     decoder: tuple[str, ...] = ()
     """The command that decodes without a server."""
+    dialect: Dialect = NATIVE
+    share: Callable[[Settings, int], list[str]] = shared_flags
+    """The flags all share, in the words of this server, from the settings and a port."""
 
 
 # -- servers --------------------------------------------------------------------------------------
@@ -92,30 +108,20 @@ def find_llama_server(given: Path | None) -> Path | None:
     return binary if binary.is_file() else None
 
 
-def shared_flags(settings: Settings, port: int) -> list[str]:
-    """The flags all servers get."""
-    threads = ("-t", str(settings.n_threads)) if settings.n_threads else ()
-    return [
-        *("--model", str(settings.model)),
-        *("--host", LOOPBACK),
-        *("--port", str(port)),
-        *("-c", str(settings.n_ctx)),
-        *("-np", str(settings.n_slots)),
-        *threads,
-    ]
-
-
 class RunningServer:
     """A started server on a loopback port of its own."""
 
-    def __init__(self, name: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(
+        self, name: str, port: int, process: subprocess.Popen[bytes], log: Path, dialect: Dialect = NATIVE
+    ) -> None:
         self.name = name
         self.port = port
+        self.dialect = dialect
         self._process = process
         self._log = log
 
     def wait_ready(self, timeout_s: float, poll_s: float = _POLL_S) -> None:
-        """Return when /health says 200. Raises BenchFailure when it exits or takes longer."""
+        """Return when it says that it is ready. Raises BenchFailure when it exits or takes longer."""
         deadline = time.monotonic() + timeout_s
         while not self._is_healthy():
             if self._process.poll() is not None:
@@ -129,7 +135,7 @@ class RunningServer:
     def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=5)
         try:
-            connection.request("GET", "/health")
+            connection.request("GET", self.dialect.ready_path)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):  # not listening yet
             return False
@@ -165,7 +171,7 @@ def launched(contender: Contender, settings: Settings) -> Iterator[RunningServer
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
         log = Path(folder) / "log"
         port = free_port()
-        command = [*contender.command, *shared_flags(settings, port), *contender.flags]
+        command = [*contender.command, *contender.share(settings, port), *contender.flags]
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 command,
@@ -174,7 +180,7 @@ def launched(contender: Contender, settings: Settings) -> Iterator[RunningServer
                 stderr=sink,
                 env=plain_environment(os.environ),
             )
-        server = RunningServer(contender.name, port, process, log)
+        server = RunningServer(contender.name, port, process, log, contender.dialect)
         try:
             yield server
         finally:
@@ -190,6 +196,7 @@ def complete_once(server: RunningServer, settings: Settings) -> None:
         n_predict=settings.n_predict,
         cache_prompt=settings.cache_prompt,
         timeout_s=settings.level_timeout_s,
+        dialect=server.dialect,
     )
 
 

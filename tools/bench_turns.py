@@ -80,7 +80,7 @@ class Turn:
     def body(self, prompt: str, n_predict: int = 0) -> bytes:
         """A request for `n_predict` tokens, by default those of the settings."""
         settings = self.settings
-        return request_body(prompt, n_predict or settings.n_predict, cache_prompt=settings.cache_prompt)
+        return request_body(prompt, n_predict or settings.n_predict, settings.cache_prompt)
 
     def run(
         self, prompts: Sequence[Sequence[str]], n_predict: int = 0, server: RunningServer | None = None
@@ -92,6 +92,7 @@ class Turn:
             n_predict=n_predict or self.settings.n_predict,
             cache_prompt=self.settings.cache_prompt,
             timeout_s=self.settings.level_timeout_s,
+            dialect=self.contender.dialect,
         )
 
 
@@ -292,6 +293,7 @@ def take_batched(turn: Turn) -> Outcome:
             timeout=settings.level_timeout_s,
             check=True,
         )
-        return Outcome({"tokens_per_s": float(json.loads(done.stdout.splitlines()[-1])["speed_tg"])})
+        (result,) = (line for line in done.stdout.splitlines() if line.startswith(b"{"))
+        return Outcome({"tokens_per_s": float(json.loads(result)["speed_tg"])})
     except (OSError, subprocess.SubprocessError, ValueError, LookupError) as error:
         raise BenchFailure(f"{turn.contender.name} does not decode: {error!r}") from error

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tools import bench_load, bench_servers
+from tools import bench_load, bench_reference, bench_servers
 from tools.bench_load import (
     LOOPBACK,
     Exchange,
@@ -217,7 +217,7 @@ class TestClient:
     def test_a_scenario_waits_until_a_stream_is_under_way(self) -> None:
         async def scenario(port: int) -> Exchange:
             begun = asyncio.Event()
-            running = asyncio.create_task(stream(port, request_body("x", 9, cache_prompt=True), begun))
+            running = asyncio.create_task(stream(port, request_body("x", 9, True), begun))
             await begun.wait()
             assert not running.done()
             goes_on.set()
@@ -231,3 +231,19 @@ class TestClient:
         goes_on = threading.Event()
         with fake_server(answer) as port:
             assert play(scenario(port), 10).text == "a" * 8
+
+
+class TestReference:
+    def test_tokens_are_counted_by_events(self) -> None:
+        events = [(1.0 + number, b'{"choices":[{"text":"%d"}]}' % number) for number in range(3)]
+        ends = [(4.0, b'{"choices":[{"text":""}]}'), (4.0, b"[DONE]")]
+        exchange = bench_reference.read_exchange(0.5, events + ends)
+        assert exchange == Exchange(0, 3, 500.0, (1000.0, 1000.0), text="012")
+
+    @pytest.mark.parametrize(
+        "data",
+        [[], [b"[DONE]"], [b'{"choices":[]}', b"[DONE]"], [b'{"error":{}}', b"[DONE]"], [b'{"choices":1}']],
+    )
+    def test_what_is_no_completion_is_refused(self, data: list[bytes]) -> None:
+        with pytest.raises(LoadFailure):
+            bench_reference.read_exchange(0.0, [(1.0, one) for one in data])

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tools import bench_serve, bench_servers
+from tools import bench_reference, bench_serve, bench_servers
 from tools.bench_serve import LLAMA_SERVER, WINGMAN, BenchFailure, Contender, Settings
 from tools.bench_servers import shared_flags
 from tools.bench_workloads import WORKLOADS
@@ -109,7 +109,7 @@ class TestRounds:
         code = (
             "import sys; from tools import bench_serve as b;"
             f"b.find_contenders = lambda given: [b.Contender('a', ({str(link)!r},))];"
-            f"sys.exit(b.main(['--model', {str(fake)!r}, '--rounds', '100', '--requests', '1000']))"
+            f"sys.exit(b.main(['--model', {str(fake)!r}, '--rounds', '99', '--requests', '999', '--workload', 'short']))"
         )
         bench = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
         assert bench.stderr is not None
@@ -127,6 +127,7 @@ class TestCommand:
         self, fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(bench_serve, "find_contenders", lambda _: contenders(fake))
+        monkeypatch.setattr(bench_serve, "find_reference", lambda _: None)
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         path = tmp_path / "numbers.json"
         arguments = [
@@ -200,6 +201,14 @@ class TestCommand:
         names = [each.name for each in bench_serve._field(found, settings(), WORKLOADS["neighbour"])]
         assert names[:4] == [WINGMAN, "t1", LLAMA_SERVER, "wingman-t1"]
         assert bench_serve._field(found, settings(n_threads=2), WORKLOADS["neighbour"]) == found
+
+    def test_a_reference_that_can_be_imported_takes_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bench_reference, "_NEEDED", ())
+        (found,) = bench_serve._field([], settings(), WORKLOADS["unique"])
+        assert found.name == bench_reference.REFERENCE
+        assert found.share(settings(n_threads=3), 9)[4:6] == ["--port", "9"]
+        monkeypatch.setattr(bench_reference, "_NEEDED", ("no_such_module",))
+        assert bench_serve._field([], settings(), WORKLOADS["unique"]) == []
 
     def test_threads_are_the_servers_choice_unless_given(self) -> None:
         assert "-t" not in shared_flags(settings(), 1)

@@ -128,7 +128,9 @@ class TestTurns:
 
     def test_a_decoder(self, tmp_path: Path) -> None:
         fast = tmp_path / "fast.py"
-        fast.write_text("import json, sys; print(json.dumps({'speed_tg': sys.argv.index('-npl')}))")
+        fast.write_text(
+            "import json, sys; print(json.dumps({'speed_tg': sys.argv.index('-npl')}), end='\\n\\n')"
+        )
         contender = Contender("fast", (), (), (sys.executable, str(fast)))
         outcome = bench_turns.take_batched(Turn(contender, (), settings(), 1, 8))
         assert outcome.numbers["tokens_per_s"] > 0
