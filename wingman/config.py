@@ -29,6 +29,7 @@ from wingman.options import (
     parse_samplers,
     parse_scaled_loras,
     parse_seed,
+    parse_threads,
     read_text,
 )
 
@@ -89,10 +90,10 @@ class ContextConfig:
         help="most tokens computed at once; also the most prompt tokens in one step")  # fmt: skip
     max_step_ms: int = option(250, "--max-step-ms", metavar="MS",
         help="while others generate, prompts are evaluated in pieces so that a step takes about this long")  # fmt: skip
-    threads: int = option(0, "-t", "--threads", env="LLAMA_ARG_THREADS", metavar="N",
-        help="threads for generation; 0: the cores of this machine")  # fmt: skip
-    threads_batch: int = option(0, "-tb", "--threads-batch", env="LLAMA_ARG_THREADS_BATCH", metavar="N",
-        help="threads for prompts; 0: like --threads")  # fmt: skip
+    threads: int = option(0, "-t", "--threads", env="LLAMA_ARG_THREADS", parse=parse_threads, metavar="N",
+        help="threads for generation; auto or 0: as many as are fastest, up to the cores of this machine")  # fmt: skip
+    threads_batch: int = option(0, "-tb", "--threads-batch", env="LLAMA_ARG_THREADS_BATCH", parse=parse_threads,
+        metavar="N", help="threads for prompts; auto or 0: like --threads")  # fmt: skip
     flash_attn: str = option("auto", "-fa", "--flash-attn", env="LLAMA_ARG_FLASH_ATTN",
         choices=("on", "off", "auto"), help="flash attention")  # fmt: skip
     cache_type_k: str = option("f16", "-ctk", "--cache-type-k", env="LLAMA_ARG_CACHE_TYPE_K", choices=KV_TYPES,

@@ -118,6 +118,11 @@ def parse_logit_bias(text: str) -> tuple[tuple[int, float], ...]:
     raise ValueError(f"{text!r} is not TOKEN_ID(+/-)BIAS")
 
 
+def parse_threads(text: str) -> int:
+    """A count; `auto` or -1, as in llama.cpp, leaves it to the engine (0)."""
+    return 0 if text in ("auto", "-1") else int(text)
+
+
 @dataclass(frozen=True, slots=True)
 class KvOverride:
     """A metadata entry to be used instead of the file's."""

@@ -218,6 +218,9 @@ class ScriptedRunner:
         self.cache[slot_id] = list(array("i", state))
         return True
 
+    def set_threads(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+
     def reset(self) -> None:
         self.cache = [[] for _ in self.cache]
         self.parked.clear()

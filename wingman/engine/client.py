@@ -80,7 +80,8 @@ class Engine:
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._make_runner = make_runner or _make_llama_runner
-        self._thread = EngineThread(self._new_runner, self._new_scheduler, self._post)
+        n_threads = (context.threads, context.threads_batch)
+        self._thread = EngineThread(self._new_runner, self._new_scheduler, self._post, n_threads=n_threads)
         self._executor = ThreadPoolExecutor(N_WORKERS, "wingman-text")
         self._bulk_executor = ThreadPoolExecutor(1, "wingman-bulk")
         self._at_work: set[asyncio.Future[Any]] = set()

@@ -232,6 +232,9 @@ class Runner(Protocol):
         """Fill a slot from `save_slot` output for a slot of `n_tokens`; False, and the slot empty, when it does
         not fit."""
 
+    def set_threads(self, n_threads: int) -> None:
+        """Compute the next steps and embeddings with so many threads."""
+
     def reset(self) -> None:
         """Rebuild the context after a failure: every slot is empty afterwards."""
 

@@ -1,7 +1,7 @@
 """The engine thread: drain the inbox, plan, run, apply, post. The only user of threading.
 
 Generation and embeddings get the same time when both have work: a piece of embeddings, then steps for
-as long.
+as long. Each chooses its number of threads before a step and learns from the time it took.
 
 It owns the runner and the scheduler from birth to death. It blocks only on an empty inbox, never
 on the loop. What it posts is frozen; `snapshot` and `step_started_at` are single values that it
@@ -10,13 +10,16 @@ alone writes and anybody may read.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
+from wingman.engine.cores import CORES
 from wingman.engine.embedding import EmbeddingQueue
 from wingman.engine.runner import (
     MAX_EMBED_INPUTS,
@@ -29,6 +32,7 @@ from wingman.engine.runner import (
     Tokenizer,
 )
 from wingman.engine.scheduler import Scheduler
+from wingman.engine.threads import ThreadGovernor
 from wingman.engine.types import (
     Cancel,
     ChangeSlot,
@@ -47,6 +51,7 @@ from wingman.engine.types import (
 from wingman.errors import ModelLoadFailure, WingmanError
 
 log = logging.getLogger("wingman.engine")
+T = TypeVar("T")
 
 SNAPSHOT_INTERVAL_S = 0.05
 """Least time between two snapshots while nothing starts or ends."""
@@ -82,6 +87,39 @@ class Loading:
 Message = Loading | Loaded | Stopped | StepOutput
 
 
+class StepThreads:
+    """The threads of one kind of steps. A step may be computed in several pieces."""
+
+    def __init__(self, governor: ThreadGovernor, clock: Callable[[], float]) -> None:
+        self.governor = governor
+        self._clock = clock
+        self._n_tokens = self._n_threads = 0
+        self.elapsed_s = self._on_core_s = 0.0
+
+    def begin(self, n_tokens: int) -> None:
+        """Choose for the next step."""
+        self._n_tokens = n_tokens
+        self._n_threads = self.governor.choose(n_tokens, CORES.share)
+        self.elapsed_s = self._on_core_s = 0.0
+
+    def run(self, runner: Runner, compute: Callable[[], T]) -> T:
+        """Compute a piece of it."""
+        runner.set_threads(self._n_threads)
+        started, on_core = self._clock(), time.thread_time()
+        result = compute()
+        self._on_core_s += time.thread_time() - on_core
+        self.elapsed_s += self._clock() - started
+        return result
+
+    def end(self) -> None:
+        """Learn from the step."""
+        if self.elapsed_s > 0:
+            share = self._on_core_s / self.elapsed_s
+            choice = self.governor.observe(self._n_tokens, self.elapsed_s, self._clock(), share)
+            if choice is not None:
+                log.debug("%s", choice)
+
+
 class EngineThread:
     """Runs one model. `post` is called on this thread with each Message and must not block."""
 
@@ -91,13 +129,17 @@ class EngineThread:
         make_scheduler: Callable[[Runner], Scheduler],
         post: Callable[[Message], None],
         clock: Callable[[], float] = time.monotonic,
+        n_threads: tuple[int, int] = (0, 0),
     ) -> None:
+        """`n_threads` for single tokens and for batches, see ThreadGovernor."""
         self._make_runner = make_runner
         self._make_scheduler = make_scheduler
         self._post = post
         self._clock = clock
         self._inbox: SimpleQueue[Command] = SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="wingman-engine", daemon=True)
+        self._generation = StepThreads(ThreadGovernor(CORES.n_cores, *n_threads), clock)
+        self._embedding = StepThreads(ThreadGovernor(CORES.n_cores, *n_threads), clock)
         self._snapshot_at = 0.0
         self._is_abandoned = False
         self.snapshot = Snapshot()
@@ -143,6 +185,7 @@ class EngineThread:
             log.exception("the engine stopped")
             cause = ModelLoadFailure("the engine stopped; see the log")
         finally:
+            CORES.leave(self)
             runner.close()
             self._post(Stopped(cause))
 
@@ -181,7 +224,10 @@ class EngineThread:
     def _drain(self, scheduler: Scheduler, embeddings: EmbeddingQueue, *, wait: bool) -> bool:
         """Obey everything in the inbox; False once told to shut down."""
         try:
+            if wait:
+                CORES.leave(self)
             command = self._inbox.get(block=wait)
+            CORES.enter(self)
             while True:
                 match command:
                     case Submit(jobs):
@@ -207,11 +253,15 @@ class EngineThread:
         """Run one batch; None when it failed, which ends its jobs."""
         self.step_started_at = batch.planned_at
         try:
-            return runner.run(batch)
+            self._generation.begin(batch.n_tokens)
+            samples = self._generation.run(runner, lambda: runner.run(batch))
         except RunnerFailure as error:
             log.error("a step failed: %s", error)
         except Exception:
             log.exception("a step failed")
+        else:
+            self._generation.end()
+            return samples
         finally:
             self.step_started_at = None
         scheduler.fail_batch(batch, _FAILED_STEP)
@@ -224,21 +274,22 @@ class EngineThread:
         batch = embeddings.plan(is_alone=is_alone)
         if not batch:
             return
-        elapsed = 0.0
+        steps = self._embedding
+        steps.begin(sum(len(item.tokens) for item in batch))
         try:
             n_piece = embeddings.piece_tokens(is_alone=is_alone)
             pieces = runner.embed([item.tokens for item in batch], n_piece)
             vectors: list[bytes] = []
             while not vectors:
-                started = self.step_started_at = self._clock()
-                vectors = next(pieces)
+                self.step_started_at = self._clock()
+                vectors = steps.run(runner, lambda: next(pieces))
                 self.step_started_at = None
-                elapsed += self._clock() - started
                 if not vectors:
                     yield
                     if not embeddings.is_wanted(batch):
                         return
-            embeddings.apply(batch, vectors, elapsed)
+            steps.end()
+            embeddings.apply(batch, vectors, steps.elapsed_s)
         except Exception as error:
             log.error("embedding failed: %s", error, exc_info=not isinstance(error, RunnerFailure))
             embeddings.fail(batch, _FAILED_STEP)
@@ -276,5 +327,14 @@ class EngineThread:
             self._post(StepOutput(events))
 
     def _publish(self, scheduler: Scheduler, now: float) -> None:
-        self.snapshot = scheduler.snapshot()
+        steps, embedding = self._generation.governor, self._embedding.governor
+        counts = (
+            ("decode", steps.n_decode),
+            ("prefill", steps.n_prefill),
+            ("embedding", embedding.n_latest),
+        )
+        n_changes = steps.n_changes + embedding.n_changes
+        self.snapshot = dataclasses.replace(
+            scheduler.snapshot(), threads=counts, thread_changes_total=n_changes
+        )
         self._snapshot_at = now

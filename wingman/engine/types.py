@@ -360,6 +360,9 @@ class Snapshot:
     n_parked: int = 0
     """Sequences kept in host memory."""
     n_tokens_max: int = 0
+    threads: tuple[tuple[str, int], ...] = ()
+    """Threads of the last step of each phase."""
+    thread_changes_total: int = 0
     first_token: HistogramView | None = None
     token_gap: HistogramView | None = None
     queue_wait: HistogramView | None = None

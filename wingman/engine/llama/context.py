@@ -5,15 +5,14 @@ Engine thread only.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from wingman.config import ContextConfig
+from wingman.engine.cores import CORES
 from wingman.engine.llama import binding
 from wingman.engine.llama.batch import TokenBatch
 from wingman.engine.llama.binding import lib
@@ -54,12 +53,6 @@ _MAX_STREAMS: Final = 256
 
 SlotState = npt.NDArray[np.uint8]
 """The serialised cache of a slot, as bytes."""
-
-
-def default_threads() -> int:
-    """Physical cores this process may use; hyper-threads only get in each other's way here."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 
 class LlamaContext:
@@ -209,6 +202,10 @@ class LlamaContext:
         lib.llama_synchronize(self.handle)
         lib.llama_set_warmup(self.handle, False)
 
+    def set_threads(self, n_threads: int) -> None:
+        """Compute the next steps with so many threads, whatever their size."""
+        lib.llama_set_n_threads(self.handle, n_threads, n_threads)
+
     def close(self) -> None:
         """Free cache and buffers."""
         self._parked.clear()
@@ -239,7 +236,7 @@ def context_params(model: LlamaModel, config: ContextConfig) -> Any:
     params.n_batch = config.batch_size
     params.n_ubatch = min(config.ubatch_size, config.batch_size)
     params.n_seq_max = config.parallel
-    params.n_threads = config.threads or default_threads()
+    params.n_threads = config.threads or CORES.n_cores
     params.n_threads_batch = config.threads_batch or params.n_threads
     params.flash_attn_type = _FLASH_ATTN[config.flash_attn]
     params.type_k = _KV_TYPES[config.cache_type_k]

@@ -79,6 +79,11 @@ class DraftModel:
             wanted = [each for each, _ in outputs if each.pending]
         return [Draft(each.tokens, 0) if each is not None and each.tokens else NO_DRAFT for each in growing]
 
+    def set_threads(self, n_threads: int) -> None:
+        """Compute the next drafts with so many threads."""
+        if self._context is not None:
+            self._context.set_threads(n_threads)
+
     def close(self) -> None:
         """Free context and weights."""
         if self._context is not None:

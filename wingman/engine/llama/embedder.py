@@ -130,6 +130,10 @@ class Embedder:
         row: Any = (ctypes.c_float * (n_rows * self._info.n_dims)).from_address(address)
         return np.frombuffer(row, np.float32).reshape(n_rows, self._info.n_dims)
 
+    def set_threads(self, n_threads: int) -> None:
+        """Compute the next pieces with so many threads."""
+        lib.llama_set_n_threads(self._handle, n_threads, n_threads)
+
     def close(self) -> None:
         """Free the context."""
         if self._handle:

@@ -147,6 +147,12 @@ class LlamaRunner:
         """Fill a slot from `save_slot` output; False, and the slot empty, when it does not fit."""
         return self._generating().write_slot(slot_id, state, n_tokens)
 
+    def set_threads(self, n_threads: int) -> None:
+        """Compute the next steps and embeddings with so many threads."""
+        for context in (self._draft, self._context, self._embedder):
+            if context is not None:
+                context.set_threads(n_threads)
+
     def reset(self) -> None:
         """Make a fresh context; the weights stay."""
         self._close_samplers()
