@@ -7,6 +7,7 @@ are dialects over it. `prepare_turn` runs in the engine's executor, the readers 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -83,22 +84,22 @@ class AnswerReader:
 
     def __init__(self, dialogue: Dialogue) -> None:
         self._parser = dialogue.parser()
-        self._probs: tuple[TokenProb, ...] = ()
+        self._probs: list[TokenProb] = []
 
     def push(self, event: TextDelta) -> list[Delta]:
         """What became certain with this text."""
-        self._probs += event.probs
+        self._probs.extend(event.probs)
         return self._parser.push(event.text) if event.text else []
 
     def finish(self) -> list[Delta]:
         """What the end of the answer makes certain."""
         return self._parser.finish()
 
-    def take_probs(self, delta: Delta) -> tuple[TokenProb, ...]:
+    def take_probs(self, delta: Delta) -> Sequence[TokenProb]:
         """The probabilities to be shown with a delta."""
         if not isinstance(delta, ContentDelta | ReasoningDelta):
             return ()
-        probs, self._probs = self._probs, ()
+        probs, self._probs = self._probs, []
         return probs
 
     @property
