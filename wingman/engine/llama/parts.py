@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from wingman.config import SamplingParams
 from wingman.engine.llama.binding import lib
+from wingman.engine.llama.candidates import Candidates
+from wingman.engine.llama.grammar import Grammar, Heads
 from wingman.engine.types import Constraint
 from wingman.errors import InvalidRequest
 
@@ -33,17 +35,26 @@ class LlamaParts:
         self._n_ctx = n_ctx
         self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._heads: Heads | None = None
 
     def prepare(self, params: SamplingParams, constraint: Constraint | None) -> None:
         """Build what these parameters need; raises InvalidRequest when the grammar is broken."""
         if constraint is not None:
             self._keep(constraint.grammar, self._compile, constraint)
+            self._find_heads()
         if uses_dry(params):
             self._keep(_dry_key(params), self._build_dry, params)
 
-    def grammar(self, constraint: Constraint) -> Any:
-        """A grammar sampler of one's own, at its start."""
-        return self._clone(constraint.grammar, self._compile, constraint)
+    def grammar(self, constraint: Constraint, candidates: Candidates) -> Grammar:
+        """A grammar of one's own, at its start."""
+        native = self._clone(constraint.grammar, self._compile, constraint)
+        return Grammar(native, self._find_heads(), candidates)
+
+    def _find_heads(self) -> Heads:
+        """The vocabulary's, built when first needed: two threads at once build equal ones."""
+        if self._heads is None:
+            self._heads = Heads(self._vocab)
+        return self._heads
 
     def dry(self, params: SamplingParams) -> Any:
         """A DRY sampler of one's own, without history."""
