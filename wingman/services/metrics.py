@@ -66,6 +66,7 @@ class EngineCollector(Collector):
         capacity = engine.info.n_ctx_slot * engine.info.n_slots
         yield _gauge("kv_cache_usage_ratio", "Share of the KV cache in use.", held / capacity)
         yield _gauge("kv_cache_tokens", "Tokens in the KV cache.", held)
+        yield from _threads(snapshot)
         yield from _histograms(snapshot)
 
     def _rates(self, snapshot: Snapshot) -> Iterable[Metric]:
@@ -98,7 +99,11 @@ def _counters(snapshot: Snapshot) -> Iterable[Metric]:
         ("n_decode_total", "llama_decode calls.", snapshot.n_steps),
         ("n_tokens_max", "Largest number of tokens a slot held.", snapshot.n_tokens_max),
         ("spec_decode_num_draft_tokens_total", "Draft tokens proposed.", snapshot.draft_tokens_total),
-        ("spec_decode_num_accepted_tokens_total", "Draft tokens accepted.", snapshot.draft_tokens_accepted_total),
+        (
+            "spec_decode_num_accepted_tokens_total",
+            "Draft tokens accepted.",
+            snapshot.draft_tokens_accepted_total,
+        ),
         ("spec_decode_num_drafts_total", "Drafts made.", snapshot.n_drafts_total),
     ):
         yield CounterMetricFamily(f"llamacpp:{name}", text, value)
@@ -106,6 +111,15 @@ def _counters(snapshot: Snapshot) -> Iterable[Metric]:
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"llamacpp:{name}", text, value)
+
+
+def _threads(snapshot: Snapshot) -> Iterable[Metric]:
+    gauge = GaugeMetricFamily("wingman:threads", "Threads of the last step.", labels=["phase"])
+    for phase, count in snapshot.threads:
+        gauge.add_metric([phase], count)
+    yield gauge
+    name, text = "wingman:thread_changes_total", "Times that another count turned out faster."
+    yield CounterMetricFamily(name, text, snapshot.thread_changes_total)
 
 
 def _histograms(snapshot: Snapshot) -> Iterable[Metric]:
