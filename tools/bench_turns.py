@@ -55,6 +55,7 @@ _EMBEDDED_INPUTS: Final = 32
 _EMBEDDED_WORDS: Final = 48
 _HEALTH_POLL_S: Final = 0.005
 _DECODED_PROMPT: Final = 64
+_WORDS_BYTES: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,4 +297,5 @@ def take_batched(turn: Turn) -> Outcome:
         (result,) = (line for line in done.stdout.splitlines() if line.startswith(b"{"))
         return Outcome({"tokens_per_s": float(json.loads(result)["speed_tg"])})
     except (OSError, subprocess.SubprocessError, ValueError, LookupError) as error:
-        raise BenchFailure(f"{turn.contender.name} does not decode: {error!r}") from error
+        words = (getattr(error, "stderr", None) or b"")[-_WORDS_BYTES:].decode("utf-8", "replace")
+        raise BenchFailure(f"{turn.contender.name} does not decode: {error!r}\n{words}") from error

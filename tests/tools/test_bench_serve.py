@@ -109,7 +109,7 @@ class TestRounds:
         code = (
             "import sys; from tools import bench_serve as b;"
             f"b.find_contenders = lambda given: [b.Contender('a', ({str(link)!r},))];"
-            f"sys.exit(b.main(['--model', {str(fake)!r}, '--rounds', '99', '--requests', '999', '--workload', 'short']))"
+            f"sys.exit(b.main(['--model', {str(fake)!r}, '--rounds', '99', '--requests', '99', '--workload', 'short']))"
         )
         bench = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
         assert bench.stderr is not None
