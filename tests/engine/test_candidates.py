@@ -18,6 +18,8 @@ from wingman.engine.llama.candidates import Candidates, likeliest
 from wingman.engine.llama.chain import Chain
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.parts import LlamaParts
+from wingman.engine.llama.sampler import Sampler
+from wingman.engine.runner import SamplerStart
 from wingman.engine.types import Constraint
 
 DEFAULT = SamplingParams(seed=7)
@@ -158,3 +160,22 @@ def test_a_grammar_allows_the_same_by_heads(
             assert tokens[at] in everything
             bound.accept(tokens[at])
     bound.close()
+
+
+@pytest.mark.parametrize("name", ["greedy", *CHAINS])
+def test_asking_a_grammar_about_few_says_the_same(
+    name: str, model: LlamaModel, parts: LlamaParts, candidates: Candidates
+) -> None:
+    params = CHAINS.get(name, SamplingParams(temperature=0.0))
+    start = SamplerStart(0, params, HISTORY, Constraint('root ::= " "? [a-z ]*'))
+    few, whole = (Sampler(start, parts, candidates, model.vocab, model.tokenizer, 4096) for _ in range(2))
+    for step in range(9):
+        logits = logits_of_a_kind(step, candidates.n_vocab)
+        grammar = whole._grammar
+        assert grammar is not None
+        allowed = grammar.among(np.arange(candidates.n_vocab))
+        permitted = np.full_like(logits, -np.inf)
+        permitted[allowed] = logits[allowed]
+        assert few._choose(few._permitted(logits, grammar)) == whole._choose(permitted), step
+    few.close()
+    whole.close()

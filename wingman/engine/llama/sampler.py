@@ -135,16 +135,24 @@ class Sampler:
 
     def _permitted(self, logits: npt.NDArray[np.float32], grammar: Grammar) -> npt.NDArray[np.float32]:
         """The logits, -inf for what the grammar forbids and for what would not be chosen anyway."""
-        n_few = 1 if self._chain is None else self._chain.n_few
-        allowed = np.empty(0, np.int32)
-        if n_few is not None:
-            n_asked = max(N_LIKELIEST, 2 * n_few)
-            allowed = grammar.among((likeliest if self._chain is None else self._chain.few)(logits, n_asked))
-        if n_few is None or len(allowed) < n_few:
+        allowed = self._likeliest_allowed(logits, grammar)
+        if allowed is None:
             allowed = grammar.among_all()
         permitted = np.full_like(logits, -math.inf)
         permitted[allowed] = logits[allowed]
         return permitted
+
+    def _likeliest_allowed(
+        self, logits: npt.NDArray[np.float32], grammar: Grammar
+    ) -> npt.NDArray[np.int32] | None:
+        """Allowed tokens among which the choice is certain to fall; None when that takes all of them, also
+        because two are equally likely (`Candidates.has_tie`)."""
+        n_few, find = (1, likeliest) if self._chain is None else (self._chain.n_few, self._chain.few)
+        if n_few is None:
+            return None
+        allowed = grammar.among(find(logits, max(N_LIKELIEST, 2 * n_few)))
+        is_certain = len(allowed) >= n_few and len(np.unique(logits[allowed])) == len(allowed)
+        return allowed if is_certain else None
 
     def _prob_before(self, token: int, logits: npt.NDArray[np.float32]) -> TokenProb | None:
         """Logarithms of the softmax over all raw logits (get_token_probabilities of llama-server)."""
