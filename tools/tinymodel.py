@@ -3,34 +3,45 @@
 They have every part of a big model (vocabulary with scores, special tokens, chat template, weights
 of the published shapes) at a few hundred kilobytes. What they say is noise, byte tokens included, so
 invalid UTF-8 comes out as it does from a real model cut off in the middle of a character. The same
-arguments give the same bytes: weights are uniform numbers of a seeded PCG64, scaled by the fan-in
-so that activations keep their size from layer to layer.
+arguments give the same bytes. `tinycaches` has models that remember in other ways.
 """
 
 from __future__ import annotations
 
 import argparse
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
-Weights = npt.NDArray[np.float32]
-Tensors = dict[str, Weights]
-
-N_EMBD: Final = 64
-N_LAYERS: Final = 2
-N_HEADS: Final = 4
-N_KV_HEADS: Final = 2
-N_FF: Final = 128
-NORM_EPSILON: Final = 1e-5
-LOGIT_SCALE: Final = 2.0
-"""Spread of the llama model's logits: enough that greedy choices don't hang on the last bit."""
+from tools.tinyparts import (
+    CHAT_TEMPLATE,
+    LOGIT_SCALE,
+    N_EMBD,
+    N_FF,
+    N_HEADS,
+    N_KV_HEADS,
+    N_LAYERS,
+    NORM_EPSILON,
+    REPO_TOKENS,
+    SPACE,
+    SUFFIXES,
+    WORDS,
+    Tensors,
+    Vocabulary,
+    attention,
+    feed_forward,
+    linear,
+    ones,
+    spm_metadata,
+    spm_vocabulary,
+    token_lists,
+    uniform,
+    write,
+)
 
 LORA_RANK: Final = 8
 
@@ -44,47 +55,6 @@ POOLINGS: Final = {
     "last": gguf.PoolingType.LAST,
     "rank": gguf.PoolingType.RANK,
 }
-
-CHAT_TEMPLATE: Final = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""ChatML, whose two markers are control tokens of the vocabulary."""
-
-_FIM_TOKENS: Final = {
-    "fim_pre": "<|fim_prefix|>",
-    "fim_suf": "<|fim_suffix|>",
-    "fim_mid": "<|fim_middle|>",
-}
-_REPO_TOKENS: Final = {"fim_rep": "<|repo_name|>", "fim_sep": "<|file_sep|>"}
-"""Special tokens by the names of their metadata keys."""
-
-_WORDS: Final = (
-    "the and that with this have from they will what there would about which when make can like time "
-    "just him know take people into year your good some could them see other than then now look only come "
-    "over think also back after use two how our work first well way even new want because any these give day "
-    "most us hello world one"
-).split()
-_SUFFIXES: Final = ("ing", "er", "ed", "es", "ly", "ion", "al", "est")
-_SPACE: Final = "\u2581"
-"""How SentencePiece, and llama.cpp for WordPiece too, writes a space inside a token."""
-_MAX_SPLITS: Final = 99_999
-
-
-@dataclass(frozen=True, slots=True)
-class _Vocabulary:
-    """Tokens in order of their ids, with what llama.cpp wants to know about each."""
-
-    texts: tuple[str, ...]
-    types: tuple[int, ...]
-    scores: tuple[float, ...]
-
-    def id(self, text: str) -> int:
-        """The id of a token."""
-        return self.texts.index(text)
-
 
 # -- llama ----------------------------------------------------------------------------------------
 
@@ -105,39 +75,13 @@ def write_llama(
     `knows_repositories` adds the tokens that separate the files of a repository. Raises
     ValueError when there are fewer tensors than files, OSError when a file can't be written.
     """
-    vocabulary = _spm_vocabulary(_REPO_TOKENS if knows_repositories else {})
+    vocabulary = spm_vocabulary(REPO_TOKENS if knows_repositories else {})
     metadata = _llama_metadata(vocabulary, n_ctx_train, chat_template)
-    return _write(path, "llama", metadata, _llama_tensors(seed, len(vocabulary.texts)), n_splits)
+    return write(path, "llama", metadata, _llama_tensors(seed, len(vocabulary.texts)), n_splits)
 
 
-def _spm_vocabulary(extra: Mapping[str, str]) -> _Vocabulary:
-    """A SentencePiece vocabulary: specials, all bytes, printable ASCII, and pieces of common words."""
-    specials = ["<|im_start|>", "<|im_end|>", *_FIM_TOKENS.values(), *extra.values()]
-    heads = ["<unk>", "<s>", "</s>"]
-    byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
-    letters = [_SPACE, *(chr(code) for code in range(0x21, 0x7F))]
-    pieces = _prefix_closed([_SPACE + word for word in _WORDS] + list(_SUFFIXES))
-    texts = [*heads, *byte_tokens, *letters, *pieces, *specials]
-    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
-    types = [gguf.TokenType.UNKNOWN, control, control]
-    types += [gguf.TokenType.BYTE] * len(byte_tokens)
-    types += [normal] * (len(letters) + len(pieces)) + [control] * len(specials)
-    scores = [0.0] * (len(heads) + len(byte_tokens))
-    scores += [-float(rank) for rank in range(len(letters) + len(pieces))] + [0.0] * len(specials)
-    return _Vocabulary(tuple(texts), tuple(map(int, types)), tuple(scores))
-
-
-def _prefix_closed(pieces: Sequence[str]) -> list[str]:
-    """The pieces with all their beginnings of two characters and more, shortest first.
-
-    SentencePiece joins two neighbours at a time, so a long piece needs its beginnings to be reached.
-    """
-    beginnings = {piece[:end] for piece in pieces for end in range(2, len(piece) + 1)}
-    return sorted(beginnings, key=lambda piece: (len(piece), piece))
-
-
-def _llama_metadata(vocabulary: _Vocabulary, n_ctx_train: int, chat_template: str | None) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
+def _llama_metadata(vocabulary: Vocabulary, n_ctx_train: int, chat_template: str | None) -> dict[str, Any]:
+    return {
         "general.name": "tiny llama",
         "general.file_type": int(gguf.LlamaFileType.ALL_F32),
         "llama.vocab_size": len(vocabulary.texts),
@@ -149,44 +93,17 @@ def _llama_metadata(vocabulary: _Vocabulary, n_ctx_train: int, chat_template: st
         "llama.attention.head_count_kv": N_KV_HEADS,
         "llama.attention.layer_norm_rms_epsilon": NORM_EPSILON,
         "llama.rope.dimension_count": N_EMBD // N_HEADS,
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        **_token_lists(vocabulary),
-        "tokenizer.ggml.unknown_token_id": vocabulary.id("<unk>"),
-        "tokenizer.ggml.bos_token_id": vocabulary.id("<s>"),
-        "tokenizer.ggml.eos_token_id": vocabulary.id("</s>"),
-        **{
-            f"tokenizer.ggml.{name}_token_id": vocabulary.id(text)
-            for name, text in (_FIM_TOKENS | _REPO_TOKENS).items()
-            if text in vocabulary.texts
-        },
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_eos_token": False,
+        **spm_metadata(vocabulary, chat_template),
     }
-    if chat_template is not None:
-        metadata["tokenizer.chat_template"] = chat_template
-    return metadata
 
 
 def _llama_tensors(seed: int, n_vocab: int) -> Tensors:
     rng = np.random.default_rng(seed)
-    n_kv = N_EMBD // N_HEADS * N_KV_HEADS
-    tensors = {"token_embd.weight": _uniform(rng, n_vocab, N_EMBD, scale=1.0)}
+    tensors = {"token_embd.weight": uniform(rng, n_vocab, N_EMBD, scale=1.0)}
     for layer in range(N_LAYERS):
-        block = {
-            "attn_norm": _ones(N_EMBD),
-            "attn_q": _linear(rng, N_EMBD, N_EMBD),
-            "attn_k": _linear(rng, n_kv, N_EMBD),
-            "attn_v": _linear(rng, n_kv, N_EMBD),
-            "attn_output": _linear(rng, N_EMBD, N_EMBD),
-            "ffn_norm": _ones(N_EMBD),
-            "ffn_gate": _linear(rng, N_FF, N_EMBD),
-            "ffn_up": _linear(rng, N_FF, N_EMBD),
-            "ffn_down": _linear(rng, N_EMBD, N_FF),
-        }
-        tensors |= {f"blk.{layer}.{name}.weight": weights for name, weights in block.items()}
-    tensors["output_norm.weight"] = _ones(N_EMBD)
-    tensors["output.weight"] = _linear(rng, n_vocab, N_EMBD, gain=LOGIT_SCALE)
+        tensors |= attention(rng, layer) | feed_forward(rng, layer)
+    tensors["output_norm.weight"] = ones(N_EMBD)
+    tensors["output.weight"] = linear(rng, n_vocab, N_EMBD, gain=LOGIT_SCALE)
     return tensors
 
 
@@ -204,8 +121,8 @@ def write_lora(path: Path, *, seed: int = 0) -> Path:
     shapes |= {f"blk.{layer}.attn_output": (N_EMBD, N_EMBD) for layer in range(N_LAYERS)}
     tensors: Tensors = {}
     for name, (n_out, n_in) in shapes.items():
-        tensors[f"{name}.weight.lora_a"] = _linear(rng, LORA_RANK, n_in)
-        tensors[f"{name}.weight.lora_b"] = _linear(rng, n_out, LORA_RANK)
+        tensors[f"{name}.weight.lora_a"] = linear(rng, LORA_RANK, n_in)
+        tensors[f"{name}.weight.lora_b"] = linear(rng, n_out, LORA_RANK)
     metadata = {
         "general.type": "adapter",
         "general.name": "tiny adapter",
@@ -213,7 +130,7 @@ def write_lora(path: Path, *, seed: int = 0) -> Path:
         "adapter.lora.alpha": float(LORA_RANK),
         "adapter.lora.task_name": f"noise {seed}",
     }
-    return _write(path, "llama", metadata, tensors, n_splits=1)
+    return write(path, "llama", metadata, tensors, n_splits=1)
 
 
 # -- bert -----------------------------------------------------------------------------------------
@@ -229,22 +146,22 @@ def write_bert(path: Path, *, seed: int = 0, pooling: str = "mean") -> Path:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
     vocabulary = _wordpiece_vocabulary()
     tensors = _bert_tensors(seed, len(vocabulary.texts), has_head=pooling == "rank")
-    return _write(path, "bert", _bert_metadata(vocabulary, pooling), tensors, n_splits=1)
+    return write(path, "bert", _bert_metadata(vocabulary, pooling), tensors, n_splits=1)
 
 
-def _wordpiece_vocabulary() -> _Vocabulary:
+def _wordpiece_vocabulary() -> Vocabulary:
     """A WordPiece vocabulary: specials, beginnings of words (marked as in llama.cpp), continuations."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = string.ascii_lowercase + string.digits
-    words = [*letters, *string.punctuation, *_WORDS]
-    texts = [*specials, *(_SPACE + word for word in words), *letters, *_SUFFIXES]
+    words = [*letters, *string.punctuation, *WORDS]
+    texts = [*specials, *(SPACE + word for word in words), *letters, *SUFFIXES]
     n_plain = len(texts) - len(specials)
     control, unknown = gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN
     types = [control, unknown, control, control, control, *([gguf.TokenType.NORMAL] * n_plain)]
-    return _Vocabulary(tuple(texts), tuple(map(int, types)), (0.0,) * len(texts))
+    return Vocabulary(tuple(texts), tuple(map(int, types)), (0.0,) * len(texts))
 
 
-def _bert_metadata(vocabulary: _Vocabulary, pooling: str) -> dict[str, Any]:
+def _bert_metadata(vocabulary: Vocabulary, pooling: str) -> dict[str, Any]:
     return {
         "general.name": f"tiny bert ({pooling})",
         "general.file_type": int(gguf.LlamaFileType.ALL_F32),
@@ -259,7 +176,7 @@ def _bert_metadata(vocabulary: _Vocabulary, pooling: str) -> dict[str, Any]:
         "bert.pooling_type": int(POOLINGS[pooling]),
         "tokenizer.ggml.model": "bert",
         "tokenizer.ggml.pre": "default",
-        **_token_lists(vocabulary),
+        **token_lists(vocabulary),
         "tokenizer.ggml.token_type_count": 2,
         "tokenizer.ggml.bos_token_id": vocabulary.id("[CLS]"),
         "tokenizer.ggml.eos_token_id": vocabulary.id("[SEP]"),
@@ -273,9 +190,9 @@ def _bert_metadata(vocabulary: _Vocabulary, pooling: str) -> dict[str, Any]:
 def _bert_tensors(seed: int, n_vocab: int, *, has_head: bool) -> Tensors:
     rng = np.random.default_rng(seed)
     tensors = {
-        "token_embd.weight": _uniform(rng, n_vocab, N_EMBD, scale=1.0),
-        "token_types.weight": _uniform(rng, 2, N_EMBD, scale=0.1),
-        "position_embd.weight": _uniform(rng, BERT_N_CTX, N_EMBD, scale=0.1),
+        "token_embd.weight": uniform(rng, n_vocab, N_EMBD, scale=1.0),
+        "token_types.weight": uniform(rng, 2, N_EMBD, scale=0.1),
+        "position_embd.weight": uniform(rng, BERT_N_CTX, N_EMBD, scale=0.1),
         **_norm("token_embd_norm"),
     }
     for layer in range(N_LAYERS):
@@ -292,115 +209,13 @@ def _bert_tensors(seed: int, n_vocab: int, *, has_head: bool) -> Tensors:
     return tensors
 
 
-# -- weights --------------------------------------------------------------------------------------
-
-
-def _uniform(rng: np.random.Generator, *shape: int, scale: float) -> Weights:
-    """Uniform numbers around 0 whose standard deviation is `scale`."""
-    spread = 2 * scale * np.sqrt(3.0)
-    return np.asarray((rng.random(shape) - 0.5) * spread, np.float32)
-
-
-def _linear(rng: np.random.Generator, n_out: int, n_in: int, gain: float = 1.0) -> Weights:
-    return _uniform(rng, n_out, n_in, scale=gain / float(np.sqrt(n_in)))
-
-
 def _biased(rng: np.random.Generator, name: str, n_out: int, n_in: int) -> Tensors:
-    bias = _uniform(rng, n_out, scale=0.1)
-    return {f"{name}.weight": _linear(rng, n_out, n_in), f"{name}.bias": bias}
+    bias = uniform(rng, n_out, scale=0.1)
+    return {f"{name}.weight": linear(rng, n_out, n_in), f"{name}.bias": bias}
 
 
 def _norm(name: str) -> Tensors:
-    return {f"{name}.weight": _ones(N_EMBD), f"{name}.bias": np.zeros(N_EMBD, np.float32)}
-
-
-def _ones(size: int) -> Weights:
-    return np.ones(size, np.float32)
-
-
-# -- file -----------------------------------------------------------------------------------------
-
-
-def _token_lists(vocabulary: _Vocabulary) -> dict[str, Any]:
-    return {
-        "tokenizer.ggml.tokens": list(vocabulary.texts),
-        "tokenizer.ggml.scores": list(vocabulary.scores),
-        "tokenizer.ggml.token_type": list(vocabulary.types),
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """Which of how many files a part is; `n_tensors` counts those of all files together."""
-
-    number: int
-    n_splits: int
-    n_tensors: int
-
-
-def _write(
-    path: Path, architecture: str, metadata: Mapping[str, Any], tensors: Tensors, n_splits: int
-) -> Path:
-    """Write one file, or `n_splits` of them laid out as by llama-gguf-split: metadata in the first only."""
-    if not 1 <= n_splits <= min(len(tensors), _MAX_SPLITS):
-        raise ValueError(f"{len(tensors)} tensors can't be split into {n_splits} files")
-    if n_splits == 1:
-        _write_file(path, architecture, metadata, tensors)
-        return path
-    names = list(tensors)
-    for number in range(n_splits):
-        start, end = (len(names) * edge // n_splits for edge in (number, number + 1))
-        _write_file(
-            _part_path(path, number, n_splits),
-            architecture,
-            metadata if number == 0 else {},
-            {name: tensors[name] for name in names[start:end]},
-            _Split(number, n_splits, len(names)),
-        )
-    return _part_path(path, 0, n_splits)
-
-
-def _part_path(path: Path, number: int, n_splits: int) -> Path:
-    return path.with_name(f"{path.stem}-{number + 1:05d}-of-{n_splits:05d}.gguf")
-
-
-def _write_file(
-    path: Path,
-    architecture: str,
-    metadata: Mapping[str, Any],
-    tensors: Tensors,
-    split: _Split | None = None,
-) -> None:
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in metadata.items():
-        _add(writer, key, value)
-    if split is not None:
-        writer.add_uint16("split.no", split.number)
-        writer.add_uint16("split.count", split.n_splits)
-        writer.add_int32("split.tensors.count", split.n_tensors)
-    for name, weights in tensors.items():
-        writer.add_tensor(name, weights)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """Add one pair with the type llama.cpp expects: counts and ids are uint32, lists go by their items."""
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _:
-            writer.add_array(key, value)
+    return {f"{name}.weight": ones(N_EMBD), f"{name}.bias": np.zeros(N_EMBD, np.float32)}
 
 
 # -- command line ---------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from tools import tinymodel
-from tools.tinymodel import BERT_N_CTX, CHAT_TEMPLATE, N_EMBD, write_bert, write_llama, write_lora
+from tools.tinymodel import BERT_N_CTX, write_bert, write_llama, write_lora
+from tools.tinyparts import CHAT_TEMPLATE, N_EMBD
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.llama import LlamaRunner, binding
 from wingman.engine.llama.binding import lib
@@ -42,7 +43,7 @@ def generate(runner: LlamaRunner, text: str, temperature: float, lora: tuple[flo
         samples = runner.run(Batch((), starts, chunks, 0.0, lora=lora))
         starts = ()
         position += len(tokens)
-        tokens = [samples.tokens[0]]
+        tokens = list(samples.tokens[0])
         output += tokens
     return output
 
