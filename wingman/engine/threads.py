@@ -47,9 +47,17 @@ MAX_PAUSE_S: Final = 30.0
 """Least and most time between two tries."""
 PAUSE_PER_LOSS: Final = 30.0
 """Pause after a higher count was tried in vain, per second lost by it: tries take at most 3% of the time."""
+RELAPSE_S: Final = 5.0
+"""A higher count that lasts no longer was no success: a neighbour that comes and goes all the time."""
+RELAPSE_PAUSE_S: Final = 8.0
+"""The pause doubles with each such relapse, up to this."""
 FALL: Final = 0.3
 RISE: Final = 0.1
 """How far the usual cost moves towards that of a step, down and up."""
+MAX_COST: Final = 1e3
+"""Costs are cut to this, and to its reciprocal: one odd measurement must not drown all others."""
+MIN_STEP_S: Final = 1e-6
+"""A shorter step computed nothing."""
 DRIFT: Final = 0.05
 """How far a known size of step moves relative to the others."""
 
@@ -116,7 +124,7 @@ class ThreadGovernor:
     def observe(self, n_tokens: int, elapsed_s: float, now: float, share: float = 1.0) -> ThreadChoice | None:
         """Learn from the step chosen for last, which ended `now`; the thread was on a core for `share` of it.
         Returns the end of a search."""
-        if self._active is None or n_tokens < 1 or elapsed_s <= 0:
+        if self._active is None or n_tokens < 1 or elapsed_s < MIN_STEP_S:
             return None
         choice = self._active.observe(_Step(n_tokens, elapsed_s, now, share))
         if choice is not None:
@@ -144,7 +152,7 @@ class _Costs:
         """The cost of a step; the first one of its size is usual."""
         per_token = step.elapsed_s / step.n_tokens
         unit, _ = self._units.setdefault(_size(step.n_tokens), (per_token / self.usual, 0))
-        return per_token / unit
+        return min(max(per_token / unit, 1 / MAX_COST), MAX_COST)
 
     def learn(self, step: _Step) -> None:
         """Move towards a step."""
@@ -184,7 +192,8 @@ class _Search:
         self._costs = _Costs()
         self._watched: deque[tuple[bool, float]] = deque(maxlen=N_WATCHED)
         self._next_down = self._next_up = 0.0
-        self._pause_s = PAUSE_S
+        self._raised_at = -RELAPSE_S
+        self._down_pause_s = self._up_pause_s = PAUSE_S
         self.count = n_limit
         self._steps = self._run()
         next(self._steps)
@@ -245,8 +254,11 @@ class _Search:
         best = min(rung for rung, cost in tried.items() if cost <= NEAR * min(tried.values()))
         other = best if best != before else min(tried.keys() - {before}, key=tried.__getitem__)
         is_in_vain = best == before
-        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S) if is_in_vain else PAUSE_S
-        self._next_down, self._next_up = step.ended_at + self._pause_s, step.ended_at + PAUSE_S
+        is_relapse = step.ended_at - self._raised_at < RELAPSE_S
+        self._down_pause_s = min(2 * self._down_pause_s, MAX_PAUSE_S) if is_in_vain else PAUSE_S
+        self._up_pause_s = min(2 * self._up_pause_s, RELAPSE_PAUSE_S) if is_relapse else PAUSE_S
+        self._next_down = step.ended_at + self._down_pause_s
+        self._next_up = step.ended_at + self._up_pause_s
         reason = "slow steps, but not for the number of threads" if is_in_vain else "slow steps"
         return self._settle(best, reason, step, (before, tried[before]), (other, tried[other]))
 
@@ -262,8 +274,11 @@ class _Search:
             lost_s += step.elapsed_s - self._costs.seconds(usual, step)
         cost = fmean(costs[1:] or costs)
         is_faster = len(costs) == PROBE_STEPS and cost <= FASTER * usual
-        pause_s = 0.0 if is_faster else min(max(PAUSE_S, PAUSE_PER_LOSS * lost_s), MAX_PAUSE_S)
-        self._next_up = step.ended_at + pause_s
+        if is_faster:
+            self._next_up = self._raised_at = step.ended_at
+        else:
+            pause_s = max(self._up_pause_s, PAUSE_PER_LOSS * lost_s)
+            self._next_up = step.ended_at + min(pause_s, MAX_PAUSE_S)
         reason = "more are faster" if is_faster else "more are no faster"
         return self._settle(rung if is_faster else before, reason, step, (before, usual), (rung, cost))
 
