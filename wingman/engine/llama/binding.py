@@ -16,7 +16,9 @@ from wingman.errors import ModelLoadFailure
 
 # libgomp reads this when it is loaded. Its threads spin at each barrier; unbounded spinning makes
 # two busy models on the same cores take 30 times longer, while 10 000 turns cost an idle machine nothing.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# A wait policy that somebody chose counts for more; libgomp itself would prefer the number.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from llama_cpp import llama_cpp as lib
 
