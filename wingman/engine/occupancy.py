@@ -37,8 +37,7 @@ class Occupancy:
     def n_generating(self) -> int:
         """Sequences that will end by themselves and give room, whosever turn it is."""
         return sum(
-            slot.sequence is not None and bool(slot.sequence.output) and slot.sequence.is_settled
-            for slot in self._cache.slots
+            slot.sequence is not None and slot.sequence.state is JobState.DECODE for slot in self._cache.slots
         )
 
     def settle_all(self) -> list[Sequence]:
@@ -91,9 +90,8 @@ class Occupancy:
         n_wanted = len(sequence.prompt) + (self.n_generating + 1) * UNIFIED_RESERVE_TOKENS
         if self._cache.make_room(n_wanted):
             return True
-        if self.victim() is None:
-            return self._cache.make_room(len(sequence.prompt) + 1)
-        return False
+        is_alone = not any(slot.sequence is not None and slot.tokens for slot in self._cache.slots)
+        return is_alone and self._cache.make_room(len(sequence.prompt) + 1)
 
     def victim(self) -> Sequence | None:
         """The youngest sequence that holds tokens, unless it is the only one."""
