@@ -14,20 +14,19 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import orjson
 
 from protocol import Limits, is_upgrade
 from wingman.api import models, ops, replies, slots
-from wingman.api.control import CONTROL_ROUTES, LOG_PATH, READ_ONLY, ControlPlane, WingmanLogItem, write_log
 from wingman.api.errors import error_response, protocol_error_response
 from wingman.api.forms import is_form, read_form
 from wingman.api.openapi import Description, openapi_document
-from wingman.api.queries import with_posted
 from wingman.api.requested import requested_model
 from wingman.api.routes import MODEL_ROUTES, QUERIES, STREAMING, ModelEndpoint
 from wingman.config import Config, ControlConfig, ServerConfig
+from wingman.engine.client import Engine
 from wingman.errors import ConfigurationError, NotFound, WingmanError
 from wingman.http.access import Cors, Guard, Keys
 from wingman.http.connection import ConnectionLimits
@@ -35,7 +34,10 @@ from wingman.http.messages import Answer, EventStream, Request, Response, Upgrad
 from wingman.http.router import Router
 from wingman.http.session import SocketLimits
 from wingman.services.inference import Inference
-from wingman.services.metrics import EngineCollector
+
+if TYPE_CHECKING:  # a server of one model needs neither
+    from wingman.api.control import ControlPlane
+    from wingman.services.metrics import EngineCollector
 
 Endpoint = Callable[[Request], Answer | Awaitable[Answer]]
 A = TypeVar("A", Response, EventStream, Upgrade, Answer)
@@ -82,6 +84,11 @@ class App:
         self._plane = plane
         self._default = default
         self._collectors: dict[int, EngineCollector] = {}
+        self._new_collector: Callable[[Engine], EngineCollector] | None = None
+        if config.server.metrics:
+            from wingman.services import metrics  # else it is not wanted
+
+            self._new_collector = metrics.EngineCollector
         self._router: Router[Endpoint] = Router()
         for method, path, endpoint in self._routes():
             self._router.add(method, path, endpoint)
@@ -119,12 +126,7 @@ class App:
                 for path in paths:
                     yield method, path, self._served_by(endpoint, uses=method == "POST")
         if self._plane is not None:
-            plane = self._plane
-            for paths, control, _, _, _ in CONTROL_ROUTES:
-                for path in paths:
-                    for method in ("GET", "POST"):
-                        yield method, path, lambda request, call=control: call(plane, with_posted(request))  # type: ignore[misc]
-            yield "POST", LOG_PATH, lambda request: write_log(plane, request)
+            yield from self._plane.routes()
 
     def describe(self) -> list[Description]:
         """All routes, for /openapi.json."""
@@ -146,13 +148,9 @@ class App:
             ]  # fmt: skip
         if self._plane is not None:
             described += [
-                Description("GET", path, summary, _forms(reply), query=query)
-                for paths, _, query, reply, summary in CONTROL_ROUTES
-                for path in paths
+                Description(method, path, summary, _forms(reply), body, query=query)
+                for method, path, summary, reply, body, query in self._plane.described_routes()
             ]
-            described.append(
-                Description("POST", LOG_PATH, _summary(write_log), (replies.Status,), WingmanLogItem)
-            )
         return described
 
     # -- models ---------------------------------------------------------------------------------------
@@ -209,15 +207,17 @@ class App:
         """One model by any of its names."""
         return models.get_model(self._models, request)
 
-    def _metrics(self, request: Request) -> Awaitable[Answer]:
+    def _metrics(self, request: Request) -> Answer | Awaitable[Answer]:
         """Prometheus text of one model."""
         served = self._models.peek(request.target.first("model"), self._default)
+        if self._new_collector is None:
+            return ops.refuse_metrics()
         collector = self._collectors.get(id(served.engine))
         if collector is None:
             loaded = {id(one.engine) for one in self._models.loaded}
             self._collectors = {key: kept for key, kept in self._collectors.items() if key in loaded}
-            collector = self._collectors[id(served.engine)] = EngineCollector(served.engine)
-        return ops.get_metrics(collector, is_enabled=self._config.server.metrics)
+            collector = self._collectors[id(served.engine)] = self._new_collector(served.engine)
+        return ops.get_metrics(collector)
 
     # -- others ---------------------------------------------------------------------------------------
 
@@ -297,7 +297,9 @@ class App:
         path = request.path
         if path.lower().startswith(_CONTROL):  # the original's paths: any case, slashes at the end
             path = path.lower().rstrip("/")
-            if request.method == "HEAD" and path not in READ_ONLY:  # HEAD is safe (RFC 9110, 9.2.1)
+            if (
+                request.method == "HEAD" and self._plane is not None and path not in self._plane.read_only
+            ):  # HEAD is safe (RFC 9110, 9.2.1)
                 raise NotFound("File Not Found")
         match = self._router.match(request.method, path)
         if match is None:

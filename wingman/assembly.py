@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import time
@@ -51,8 +52,38 @@ class Services:
     catalog: Catalog
     monitor: Monitor
 
+    def plane_of(
+        self, inference: Inference, config: ControlConfig, shutdown: Callable[[], None]
+    ) -> ControlPlane:
+        """What the control API works on."""
+        return ControlPlane(
+            inference=inference,
+            downloads=self.downloads,
+            catalog=self.catalog,
+            hardware=self.hardware,
+            sockets=EventsEndpoint(
+                self.broadcast,
+                self.monitor,
+                shutdown,
+                EventLimits(config.max_monitors, config.max_message_rate, 2 * config.max_message_rate),
+            ),
+            shutdown=shutdown,
+        )
+
+    def capacity_of(self, config: ControlConfig, held: int) -> int:
+        """Bytes that models may take in all, those `held` already included."""
+        if config.models_memory:
+            return config.models_memory * _MB
+        total, free = self.hardware.memory_bytes()
+        return min(int(total * _USABLE), free + held)
+
+    async def announce(self, inference: str, control: str) -> None:
+        """Tell commands where this server is."""
+        await asyncio.to_thread(_write_runtime_file, self.home, inference, control)
+
     async def close(self) -> None:
         """Pause downloads, write what is to be written, give the home back."""
+        await asyncio.to_thread(_remove_runtime_file, self.home)
         try:
             await self.downloads.close()
         finally:
@@ -60,33 +91,22 @@ class Services:
             self.lock.release()
 
 
-def plane_of(
-    services: Services, inference: Inference, config: ControlConfig, shutdown: Callable[[], None]
-) -> ControlPlane:
-    """What the control API works on."""
-    return ControlPlane(
-        inference=inference,
-        downloads=services.downloads,
-        catalog=services.catalog,
-        hardware=services.hardware,
-        sockets=EventsEndpoint(
-            services.broadcast,
-            services.monitor,
-            shutdown,
-            EventLimits(config.max_monitors, config.max_message_rate, 2 * config.max_message_rate),
-        ),
-        shutdown=shutdown,
-    )
+async def open_services(config: Config, home: Home, inference: Callable[[], Inference]) -> Services:
+    """The services of a home folder, which is taken; `inference` is there once they are used. Raises
+    ConfigurationError or ModelLoadFailure."""
+    llama = await asyncio.to_thread(_read_llama)  # may fail: nothing is held yet
+    lock, store = await _open_home(home)
+    return _make_services(config, home, lock, store, inference, llama)
 
 
-def read_llama() -> Llama:
+def _read_llama() -> Llama:
     """Facts of llama.cpp as it is installed. Blocks while the library is loaded."""
     from wingman.engine.llama.binding import build_info, can_offload, system_info
 
     return Llama(build=build_info(), system_info=system_info(), can_offload=can_offload())
 
 
-async def open_home(home: Home) -> tuple[Lock, Store]:
+async def _open_home(home: Home) -> tuple[Lock, Store]:
     """Take a home folder and open its database. Raises ConfigurationError when another process has it, or it
     can't be used. Blocks: nobody is served yet."""
     home.create()
@@ -108,15 +128,14 @@ async def open_home(home: Home) -> tuple[Lock, Store]:
         raise
 
 
-def make_services(
+def _make_services(
     whole: Config,
     home: Home,
     lock: Lock,
     store: Store,
     inference: Callable[[], Inference],
-    llama: Llama = Llama(),  # noqa: B008 - frozen
+    llama: Llama,
 ) -> Services:
-    """The services; `inference` is there once they are used, `llama` are facts of the runtime."""
     config = whole.control
     hardware = Hardware(home.models, llama)
     broadcast = Broadcast(
@@ -164,27 +183,14 @@ def _room(hardware: Hardware) -> Room:
     return Room(total // _MB, free // _MB)
 
 
-def capacity_of(config: ControlConfig, hardware: Hardware) -> Callable[[int], int]:
-    """Bytes that models may take in all, those they take already included."""
-
-    def capacity(held: int) -> int:
-        if config.models_memory:
-            return config.models_memory * _MB
-        total, free = hardware.memory_bytes()
-        return min(int(total * _USABLE), free + held)
-
-    return capacity
-
-
-def write_runtime_file(home: Home, inference: str, control: str, pid: int) -> None:
-    """Tell commands where this server is. Blocks."""
-    body = {"pid": pid, "inference": inference, "control": control, "version": __version__}
+def _write_runtime_file(home: Home, inference: str, control: str) -> None:
+    body = {"pid": os.getpid(), "inference": inference, "control": control, "version": __version__}
     partial = home.runtime_file.with_suffix(".partial")
     partial.write_bytes(orjson.dumps(body))
     partial.replace(home.runtime_file)
 
 
-def remove_runtime_file(home: Home) -> None:
-    """Nothing listens any more. Blocks; never raises."""
+def _remove_runtime_file(home: Home) -> None:
+    """Nothing listens any more. Never raises."""
     with contextlib.suppress(OSError):
         home.runtime_file.unlink(missing_ok=True)

@@ -10,19 +10,20 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
 from protocol import Headers, SseParser, parse_target
-from wingman.api.control import ControlPlane
 from wingman.app import App
 from wingman.errors import ConfigurationError, WingmanError
 from wingman.http.messages import Answer, EventStream, Request, Response
-from wingman.services.broadcast import Filter
 from wingman.services.deployments import Start
 from wingman.services.inference import Inference
 from wingman.services.items import DownloadItem, WingmanItem
+
+if TYPE_CHECKING:
+    from wingman.api.control import ControlPlane
 
 log = logging.getLogger("wingman.embedded")
 
@@ -154,6 +155,8 @@ class Embedded:
     ) -> Callable[[], None]:
         """Call `callback` with each message that a WebSocket client would get, of these events or of all,
         beginning with how things are; the result ends that. It must not block."""
+        from wingman.services.broadcast import Filter  # of the control API, where there is one
+
         broadcast, monitor = self._control.sockets.broadcast, self._control.sockets.monitor
         wanted = Filter(frozenset(events) if events else None)
         subscriber = broadcast.subscribe(_CallbackSink(callback), wanted)

@@ -16,34 +16,28 @@ import os
 import resource
 import signal
 import sys
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from wingman import __version__
 from wingman.app import App, Gates, connection_limits, open_gates, read_keys
-from wingman.assembly import (
-    Services,
-    capacity_of,
-    make_services,
-    open_home,
-    plane_of,
-    read_llama,
-    remove_runtime_file,
-    write_runtime_file,
-)
 from wingman.config import Config, has_control
 from wingman.embedded import Embedded
 from wingman.engine.client import MakeRunner
 from wingman.errors import ConfigurationError, Forbidden, ModelLoadFailure, WingmanError
 from wingman.http.access import Cors, Guard, Hosts
 from wingman.http.server import Server
-from wingman.services import starter
 from wingman.services.deployments import Deployer, Start
 from wingman.services.home import Home
 from wingman.services.inference import Inference
 from wingman.services.items import DownloadItem, WingmanItem
 from wingman.services.itemstore import NoStore
+from wingman.services.modelfile import read_model
+from wingman.services.preload import Preload
 from wingman.services.residency import Change, Residency
 from wingman.services.served import ServedModel
+
+if TYPE_CHECKING:
+    from wingman.assembly import Services
 
 log = logging.getLogger("wingman")
 
@@ -53,10 +47,6 @@ _LOOK_S: Final = 1.0
 """How often exit files are looked for."""
 _REFRESH_LOOKS: Final = 5
 """Looks from one reading of hardware and models folder to the next."""
-_SWITCH_INTERVAL_S: Final = 0.0005
-"""How long a thread may keep the interpreter from another. A step takes it back some twenty times, once after
-each native call: beside a thread that renders or compiles, steps took 88 ms longer at Python's 5 ms, 11 ms
-at this, and the loop woke up to 11 ms late (p99) instead of 4. An idle machine shows no difference."""
 _KILLED = 130
 _HUNG = 3
 
@@ -69,16 +59,22 @@ class Wingman(Embedded):
     """
 
     def __init__(
-        self, config: Config | None = None, make_runner: MakeRunner | None = None, *, listen: bool = True
+        self,
+        config: Config | None = None,
+        make_runner: MakeRunner | None = None,
+        *,
+        listen: bool = True,
+        preload: Preload | None = None,
     ) -> None:
-        """Nothing happens before `start`; `make_runner` is replaced in tests. Raises ConfigurationError when
-        keys or addresses can't be used as given."""
+        """Nothing happens before `start`; `make_runner` is replaced in tests, `preload` loads the model of
+        `--model` already. Raises ConfigurationError when keys or addresses can't be used as given."""
         self._config = config = _with_slot_folder(config or Config())
         self._listens = listen
         self._gates = _gates(config)
         if listen:
             self._refuse_exposed(config.server.host)
-        self._make_runner = make_runner
+        self._make_runner = preload.make_runner if preload is not None else make_runner
+        self._read_model = preload.read_model if preload is not None else read_model
         self._stop = asyncio.Event()
         self._has_failed = False
         self._is_up = False
@@ -148,18 +144,17 @@ class Wingman(Embedded):
         control = config.control
         hardware = None
         if has_control(config):
-            llama = await asyncio.to_thread(read_llama)  # may fail: nothing is held yet
-            lock, store = await open_home(home)
-            self._services = make_services(config, home, lock, store, lambda: self.inference, llama)
+            from wingman.assembly import open_services  # half of the program, for who wants it
+
+            self._services = await open_services(config, home, lambda: self.inference)
             hardware = self._services.hardware
             await hardware.refresh()
-        capacity = capacity_of(control, hardware) if hardware is not None else (lambda _: 2**63)
         self._residency = Residency(
             n_max=control.models_max,
             idle_unload_s=control.idle_unload,
             drain_timeout_s=config.server.drain_timeout,
             max_waiting=config.context.max_queue + config.context.parallel,
-            capacity=capacity,
+            capacity=lambda held: self._services.capacity_of(control, held) if self._services else 2**63,
             refresh=hardware.refresh if hardware is not None else None,
             on_change=self._on_change,
             make_runner=self._make_runner,
@@ -170,6 +165,7 @@ class Wingman(Embedded):
             self._downloaded,
             has_gpu=lambda: hardware is not None and hardware.has_gpu,
             refresh=hardware.refresh if hardware is not None else None,
+            read=self._read_model,
         )
         self.inference = Inference(
             config,
@@ -182,7 +178,7 @@ class Wingman(Embedded):
         )
         plane = None
         if self._services is not None:
-            plane = plane_of(self._services, self.inference, control, self.stop)
+            plane = self._services.plane_of(self.inference, control, self.stop)
         self._plane = plane
         self._inner = App(config, open_gates(), self.inference, plane)
 
@@ -206,13 +202,7 @@ class Wingman(Embedded):
                     await self._servers[1].listen(host, config.control.control_port)
         if self._services is not None:
             control = self.control_addresses or self.addresses
-            await asyncio.to_thread(
-                write_runtime_file,
-                self._services.home,
-                _url(self.addresses[0]),
-                _url(control[0]),
-                os.getpid(),
-            )
+            await self._services.announce(_url(self.addresses[0]), _url(control[0]))
 
     def _add_server(self, app: App, n_more: int = 0) -> Server:
         server = self._config.server
@@ -264,6 +254,8 @@ class Wingman(Embedded):
 
     async def _serve_starter(self) -> ServedModel | None:
         """Register the starter model as a complete download and start it under its alias."""
+        from wingman.services import starter  # it brings a progress bar
+
         if self._services is None:
             raise ConfigurationError("--starter needs the control API: leave out --no-control")
         if not self._services.downloads.is_complete(starter.REPO, starter.PATH):
@@ -322,7 +314,6 @@ class Wingman(Embedded):
             task.cancel()
         await asyncio.gather(*(server.aclose(CLOSE_GRACE_S) for server in self._servers))
         if self._services is not None:
-            await asyncio.to_thread(remove_runtime_file, self._services.home)
             await self._services.close()
             self._services = None
         return is_free
@@ -414,12 +405,11 @@ def _allow_many_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def serve(config: Config, start: Start | None = None) -> int:
-    """Run a server until a signal, with a downloaded model started from the beginning; the exit status.
-    Raises ConfigurationError or ModelLoadFailure."""
-    wingman = Wingman(config)
+async def serve(config: Config, start: Start | None = None, preload: Preload | None = None) -> int:
+    """Run a server until a signal, with a downloaded model started from the beginning; the exit status. Raises
+    ConfigurationError or ModelLoadFailure."""
+    wingman = Wingman(config, preload=preload)
     _allow_many_files()
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)  # here only: in other programs it is theirs to choose
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, wingman)
@@ -431,8 +421,8 @@ async def serve(config: Config, start: Start | None = None) -> int:
             served = starting.result()
             if start is not None:
                 await wingman.inference.start(start)
-            gc.collect()
-            gc.freeze()  # modules and vocabulary stay: looking through them again takes tens of milliseconds
+            gc.freeze()  # modules and vocabulary stay: looking through them takes tens of milliseconds
+            gc.enable()
             print(banner(wingman, served), file=sys.stderr, flush=True)
             await stopping
         else:

@@ -143,7 +143,7 @@ def test_flags_of_llama_server_are_taken_and_named(start_server: Callable[..., S
     server = start_server(
         "--ctx_size", "1024", "-np", "2", "--no-warmup", "--cache-ram", "100", "-fa", "on", "--numa=x"
     )
-    assert "--cache-ram is a llama-server flag that has no effect here" in server.log
+    assert "--numa is a llama-server flag that has no effect here" in server.log
     assert server.get("/props").json()["default_generation_settings"]["n_ctx"] == 512
 
 

@@ -6,7 +6,7 @@ Each path takes GET, as the original Wingman's, and POST with the same parameter
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ import orjson
 
 from wingman.api import catalog, downloads, hardware, inference, replies
 from wingman.api.events import EventsEndpoint
-from wingman.api.queries import check_posted
+from wingman.api.queries import check_posted, with_posted
 from wingman.api.schema import parse_json
 from wingman.http.messages import Answer, Request, Response
 from wingman.services.catalog import Catalog
@@ -46,6 +46,26 @@ class ControlPlane:
     hardware: Hardware
     sockets: EventsEndpoint
     shutdown: Callable[[], None]
+
+    @property
+    def read_only(self) -> frozenset[str]:
+        """Paths that change nothing."""
+        return READ_ONLY
+
+    def routes(self) -> Iterator[tuple[str, str, Callable[[Request], Answer | Awaitable[Answer]]]]:
+        """Method, path and endpoint of each route."""
+        for paths, endpoint, _, _, _ in CONTROL_ROUTES:
+            for path in paths:
+                for method in ("GET", "POST"):
+                    yield method, path, lambda request, call=endpoint: call(self, with_posted(request))  # type: ignore[misc]
+        yield "POST", LOG_PATH, lambda request: write_log(self, request)
+
+    def described_routes(self) -> Iterator[tuple[str, str, str, Any, Any, tuple[str, ...]]]:
+        """Method, path, summary, reply, body and parameters of each for /openapi.json."""
+        for paths, _, parameters, reply, summary in CONTROL_ROUTES:
+            for path in paths:
+                yield "GET", path, summary, reply, None, parameters
+        yield "POST", LOG_PATH, write_log.__doc__ or "", replies.Status, WingmanLogItem, ()
 
 
 class Models(msgspec.Struct):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import functools
 from importlib import resources
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import orjson
 
 from wingman.api.errors import error_response
 from wingman.errors import NotSupported, Unavailable
 from wingman.http.messages import Request, Response
-from wingman.services.metrics import CONTENT_TYPE, EngineCollector, process_start_time
+
+if TYPE_CHECKING:
+    from wingman.services.metrics import EngineCollector
 
 _PAGE_HEADERS: Final = (
     ("content-security-policy", "default-src 'self' 'unsafe-inline'; connect-src *; frame-ancestors 'none'"),
@@ -43,10 +45,16 @@ def _page() -> bytes:
     return (resources.files("wingman") / "web" / "index.html").read_bytes()
 
 
-async def get_metrics(collector: EngineCollector, *, is_enabled: bool) -> Response:
+def refuse_metrics() -> Response:
+    """The answer without --metrics."""
+    message = "this server does not support metrics endpoint; start it with --metrics"
+    return error_response(NotSupported(message))
+
+
+async def get_metrics(collector: EngineCollector) -> Response:
     """Prometheus text."""
-    if not is_enabled:
-        raise NotSupported("this server does not support metrics endpoint; start it with --metrics")
+    from wingman.services.metrics import CONTENT_TYPE, process_start_time  # loaded with its Collector
+
     text = await asyncio.to_thread(collector.exposition)
     headers = (("process-start-time-unix", str(process_start_time())),)
     return Response(200, text, CONTENT_TYPE, headers)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from wingman.config import Config
-from wingman.errors import InvalidRequest, ModelLoadFailure, NotFound
+from wingman.errors import InvalidRequest, NotFound
 from wingman.services.gguf import BadGguf, GgufHeader, read_parts
 from wingman.services.home import LOCAL, Home, file_name, split_parts
 from wingman.services.items import DownloadItem
 from wingman.services.memory import estimate_bytes
+from wingman.services.modelfile import read_model
 
 MAX_ALIAS_CHARS: Final = 256
 """As much as the path of a file in a repository, which may be one."""
@@ -65,19 +66,22 @@ class Deployer:
         *,
         has_gpu: Callable[[], bool] = lambda: False,
         refresh: Callable[[], Awaitable[object]] | None = None,
+        read: Callable[[Path], GgufHeader] = read_model,
     ) -> None:
-        """`refresh` looks again at how much memory there is, before a model is started."""
+        """`refresh` looks again at how much memory there is, before a model is started; `read` is given the
+        file of `--model`."""
         self._config = config
         self._home = home
         self._downloads = downloads
         self._has_gpu = has_gpu
         self._refresh = refresh
+        self._read = read
 
     async def deploy_file(self) -> Deployment:
         """The model of `--model`, loaded whatever memory there is. Raises ModelLoadFailure."""
         config = self._config
         assert config.model.model is not None
-        header = await asyncio.to_thread(_read_model, config.model.model.expanduser())
+        header = await asyncio.to_thread(self._read, config.model.model.expanduser())
         name = sorted(config.model.alias)[0] if config.model.alias else file_name(str(config.model.model))
         return Deployment(
             name=name,
@@ -136,22 +140,6 @@ class Deployer:
         if request.context_size:  # it is what one conversation gets
             context = dataclasses.replace(context, ctx_size=request.context_size * context.parallel)
         return dataclasses.replace(base, model=model, context=context)
-
-
-def _read_model(path: Path) -> GgufHeader:
-    """The header of a model, given any part of it. Blocks; raises ModelLoadFailure."""
-    if not path.name:
-        raise ModelLoadFailure(f"{path} is not a file")
-    paths = [path.with_name(part) for part in split_parts(path.name)]
-    missing = next((part for part in paths if not part.is_file()), None)
-    if missing is not None:
-        raise ModelLoadFailure(f"{missing} is not a file")
-    try:
-        return read_parts(paths)
-    except BadGguf as error:
-        raise ModelLoadFailure(f"can't load {path}: {error.message}") from None
-    except OSError as error:
-        raise ModelLoadFailure(f"can't read {path}: {error.strerror}") from None
 
 
 def estimate_need(header: GgufHeader, config: Config) -> int:

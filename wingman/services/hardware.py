@@ -19,7 +19,6 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import psutil
-import pynvml
 
 _MB: Final = 2**20
 _PROC: Final = Path("/proc")
@@ -110,11 +109,15 @@ class Hardware:
         models_folder: Path,
         llama: Llama = Llama(),  # noqa: B008 - frozen
         *,
-        nvml: Any = pynvml,
+        nvml: Any = None,
         proc: Path = _PROC,
         cgroups: Path = _CGROUPS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if nvml is None:
+            import pynvml  # who only asks for memory does without
+
+            nvml = pynvml
         self.current = HardwareInfo(llama=llama)
         """What the last refresh found."""
         self._folder = models_folder

@@ -7,8 +7,11 @@ The log callback is a ctypes object that C keeps a pointer to: it lives in this 
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.util
 import logging
 import os
+import sys
 from collections import deque
 from typing import Any, Final
 
@@ -20,7 +23,23 @@ from wingman.errors import ModelLoadFailure
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from llama_cpp import llama_cpp as lib
+
+def _load() -> Any:
+    """llama_cpp.llama_cpp without what the package loads beside it: a high-level API, for which it takes longer
+    than for the library, and a disk cache that must not be used (CVE-2025-69872)."""
+    if "llama_cpp" in sys.modules:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None:
+        raise ModelLoadFailure("llama-cpp-python is not installed")
+    sys.modules["llama_cpp"] = importlib.util.module_from_spec(spec)
+    try:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    finally:
+        del sys.modules["llama_cpp"]  # others who import it get all of it
+
+
+lib: Final[Any] = _load()
 
 __all__ = [
     "build_info",
@@ -68,9 +87,9 @@ def check_signatures() -> None:
 
 def version() -> str:
     """The installed llama-cpp-python version."""
-    import llama_cpp
+    from importlib import metadata  # slow to load, and not what a model waits for
 
-    return str(llama_cpp.__version__)
+    return metadata.version("llama-cpp-python")
 
 
 def build_info() -> str:

@@ -38,6 +38,17 @@ _OVERRIDE_TAGS: Final = {  # Python type -> (llama_model_kv_override_type, membe
 _ALL_LAYERS: Final = 0x7FFFFFFF
 
 
+def _short(name: str, result: Any) -> Any:
+    """A function of vocabulary and token that keeps the interpreter's lock: whoever reads a whole vocabulary would
+    give it away, and wait for it, a hundred thousand times."""
+    prototype = ctypes.PYFUNCTYPE(result, ctypes.c_void_p, ctypes.c_int32)
+    return prototype((name, lib._lib))
+
+
+_is_eog: Final = _short("llama_vocab_is_eog", ctypes.c_bool)
+_text_of: Final = _short("llama_vocab_get_text", ctypes.c_char_p)
+
+
 def first_split(path: Path) -> Path:
     """The first part of a split model, given any part; other paths unchanged (llama_split_path)."""
     match = _SPLIT_NAME.search(path.name)
@@ -202,14 +213,13 @@ class LlamaTokenizer:
         self._vocab = vocab
         self.n_tokens = int(lib.llama_vocab_n_tokens(vocab))
         self._pieces: list[bytes | None] = [None] * self.n_tokens
-        self._eog = frozenset(t for t in range(self.n_tokens) if lib.llama_vocab_is_eog(vocab, t))
+        self._eog = frozenset(t for t in range(self.n_tokens) if _is_eog(vocab, t))
 
     @property
     def max_piece_bytes(self) -> int:
-        """Length of the longest token, special ones included; reads the whole vocabulary."""
-        plain = max(len(self.piece(token)) for token in range(self.n_tokens))
-        text = max(len(lib.llama_vocab_get_text(self._vocab, token) or b"") for token in range(self.n_tokens))
-        return max(plain, text, 1)
+        """No token stands for more: its text in the vocabulary has each byte in one character at least."""
+        lengths = (len(_text_of(self._vocab, token) or b"") for token in range(self.n_tokens))
+        return max(lengths, default=0) or 1
 
     @property
     def eog_tokens(self) -> tuple[int, ...]:

@@ -1,0 +1,64 @@
+"""A model that loads ahead of its engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wingman.config import ContextConfig, ModelConfig
+from wingman.engine import llama
+from wingman.errors import ModelLoadFailure
+from wingman.services.preload import Preload
+
+
+def _on(_: float) -> bool:
+    return True
+
+
+@pytest.fixture
+def preload(tiny_model: Path) -> Preload:
+    return Preload(ModelConfig(model=tiny_model), ContextConfig(ctx_size=64))
+
+
+def test_the_first_engine_that_wants_just_this_takes_it(preload: Preload, tiny_model: Path) -> None:
+    model = ModelConfig(model=tiny_model)
+    context = ContextConfig(ctx_size=64, cache_ram=7)  # which the server fills in later
+    with_layers = dataclasses.replace(model, n_gpu_layers=3)
+    runners = [preload.make_runner(one, context, _on) for one in (with_layers, model, model)]
+    preload.close()
+    assert [runner.n_ctx for runner in runners] == [runners[0].n_ctx] * 3  # none was closed
+    assert len({id(runner) for runner in runners}) == 3
+    for runner in runners:
+        runner.close()
+
+
+def test_what_nobody_takes_is_freed(preload: Preload, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Any] = []
+    close = llama.LlamaRunner.close
+    monkeypatch.setattr(llama.LlamaRunner, "close", lambda self: (closed.append(self), close(self)))
+    preload.close()
+    assert len(closed) <= 1  # it may have given up before there was one
+
+
+def test_a_taker_that_gives_up_ends_the_load(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __init__(self, _: ModelConfig, __: ContextConfig, on_progress: Any) -> None:
+            while on_progress(0.5):
+                pass
+            raise ModelLoadFailure("the load was cancelled")
+
+    monkeypatch.setattr(llama, "LlamaRunner", Slow)
+    model, context = ModelConfig(model=tiny_model), ContextConfig()
+    with pytest.raises(ModelLoadFailure, match="cancelled"):
+        Preload(model, context).make_runner(model, context, lambda _: False)
+    Preload(model, context).close()
+
+
+def test_a_file_that_is_no_model_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(60))
+    for name in ("bad.gguf", "none.gguf"):
+        with pytest.raises(ModelLoadFailure, match=name):
+            Preload(ModelConfig(model=tmp_path / name), ContextConfig())
