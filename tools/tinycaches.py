@@ -39,6 +39,9 @@ N_WINDOW: Final = 32
 """Tokens that the sliding-window model looks back in half of its layers."""
 N_CTX_TRAIN: Final = 512
 _HEAD: Final = N_EMBD // N_HEADS
+_WIDE_HEAD: Final = 64
+"""Keys of this width can be quantised and turned again when a context shifts."""
+_SHARPNESS: Final = 1.7
 _N_CONV: Final = 4
 """Tokens that a convolution of the recurrent model sees."""
 _N_STATE: Final = 8
@@ -49,21 +52,24 @@ _N_SHORT: Final = 3
 """Tokens that a convolution of the hybrid model sees."""
 
 
-def write_window(path: Path, *, seed: int = 0) -> Path:
-    """Write a model of the gemma3 architecture: the first layer has a window, the second has none."""
+def write_window(path: Path, *, seed: int = 0, n_window: int = N_WINDOW) -> Path:
+    """Write a model of the gemma3 architecture: the first layer has a window, the second has none. With
+    `n_window` 0 neither has one."""
     rng = np.random.default_rng(seed)
     tensors: Tensors = {}
     for layer in range(N_LAYERS):
-        tensors |= attention(rng, layer) | _head_norms(layer) | feed_forward(rng, layer)
+        tensors |= (
+            attention(rng, layer, _WIDE_HEAD) | _head_norms(layer, _WIDE_HEAD) | feed_forward(rng, layer)
+        )
         tensors |= in_layer(layer, {"post_attention_norm": ones(N_EMBD), "post_ffw_norm": ones(N_EMBD)})
     metadata = {
         "attention.head_count": N_HEADS,
         "attention.head_count_kv": N_KV_HEADS,
-        "attention.key_length": _HEAD,
-        "attention.value_length": _HEAD,
-        "attention.sliding_window": N_WINDOW,
-        "attention.sliding_window_pattern": 2,
+        "attention.key_length": _WIDE_HEAD,
+        "attention.value_length": _WIDE_HEAD,
     }
+    if n_window:
+        metadata |= {"attention.sliding_window": n_window, "attention.sliding_window_pattern": 2}
     return _write(path, "gemma3", metadata, tensors, rng)
 
 
@@ -93,7 +99,7 @@ def write_hybrid(path: Path, *, seed: int = 0) -> Path:
         "shortconv.out_proj": linear(rng, N_EMBD, N_EMBD),
     }
     tensors = in_layer(0, convolution) | feed_forward(rng, 0)
-    tensors |= attention(rng, 1) | _head_norms(1) | feed_forward(rng, 1)
+    tensors |= attention(rng, 1) | _head_norms(1, _HEAD) | feed_forward(rng, 1)
     metadata = {
         "attention.head_count": N_HEADS,
         "attention.head_count_kv": [0, N_KV_HEADS],
@@ -102,8 +108,10 @@ def write_hybrid(path: Path, *, seed: int = 0) -> Path:
     return _write(path, "lfm2", metadata, tensors, rng, norm="token_embd_norm")
 
 
-def _head_norms(layer: int) -> Tensors:
-    return in_layer(layer, {"attn_q_norm": ones(_HEAD), "attn_k_norm": ones(_HEAD)})
+def _head_norms(layer: int, n_head: int) -> Tensors:
+    """Norms that make attention pick a few tokens, be they far away."""
+    scale = ones(n_head) * _SHARPNESS
+    return in_layer(layer, {"attn_q_norm": scale, "attn_k_norm": scale})
 
 
 def _mamba(rng: np.random.Generator, layer: int) -> Tensors:
@@ -116,7 +124,7 @@ def _mamba(rng: np.random.Generator, layer: int) -> Tensors:
         "ssm_dt": linear(rng, _N_INNER, _N_STEP),
         "ssm_out": linear(rng, N_EMBD, _N_INNER),
     }
-    rates = np.arange(1, _N_STATE + 1, dtype=np.float32)
+    rates = np.geomspace(0.01, 1, _N_STATE, dtype=np.float32)
     return in_layer(layer, block) | {
         f"blk.{layer}.ssm_conv1d.bias": uniform(rng, _N_INNER, scale=0.1),
         f"blk.{layer}.ssm_dt.bias": uniform(rng, _N_INNER, scale=0.5) - 3,

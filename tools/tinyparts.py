@@ -147,15 +147,15 @@ def ones(size: int) -> Weights:
     return np.ones(size, np.float32)
 
 
-def attention(rng: np.random.Generator, layer: int) -> Tensors:
-    """The weights of an attention block."""
-    n_kv = N_EMBD // N_HEADS * N_KV_HEADS
+def attention(rng: np.random.Generator, layer: int, n_head: int = N_EMBD // N_HEADS) -> Tensors:
+    """The weights of an attention block whose heads are `n_head` wide."""
+    n_q, n_kv = n_head * N_HEADS, n_head * N_KV_HEADS
     block = {
         "attn_norm": ones(N_EMBD),
-        "attn_q": linear(rng, N_EMBD, N_EMBD),
+        "attn_q": linear(rng, n_q, N_EMBD),
         "attn_k": linear(rng, n_kv, N_EMBD),
         "attn_v": linear(rng, n_kv, N_EMBD),
-        "attn_output": linear(rng, N_EMBD, N_EMBD),
+        "attn_output": linear(rng, N_EMBD, n_q),
     }
     return in_layer(layer, block)
 

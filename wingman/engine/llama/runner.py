@@ -71,8 +71,9 @@ class LlamaRunner:
 
     @property
     def can_rollback(self) -> bool:
-        """Whether the cache can drop the last tokens of a slot."""
-        return self._model.can_rollback or self._context_config.swa_full
+        """Whether the cache can drop the last tokens of a slot. A full-size sliding window can't either: what
+        was parked or copied lacks the tokens that its end no longer sees."""
+        return self._model.can_rollback
 
     @property
     def n_window(self) -> int:
