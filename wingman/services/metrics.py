@@ -67,6 +67,7 @@ class EngineCollector(Collector):
         yield _gauge("kv_cache_usage_ratio", "Share of the KV cache in use.", held / capacity)
         yield _gauge("kv_cache_tokens", "Tokens in the KV cache.", held)
         yield from _threads(snapshot)
+        yield from _prefixes(snapshot)
         yield from _histograms(snapshot)
 
     def _rates(self, snapshot: Snapshot) -> Iterable[Metric]:
@@ -111,6 +112,21 @@ def _counters(snapshot: Snapshot) -> Iterable[Metric]:
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"llamacpp:{name}", text, value)
+
+
+def _prefixes(snapshot: Snapshot) -> Iterable[Metric]:
+    """What is kept in host memory, and how often a full pool took a sequence's room."""
+    for name, text, value in (
+        ("parked_bytes", "Host memory taken by sequences that left their slot.", snapshot.parked_bytes),
+        ("parked_bytes_limit", "Most of it (--cache-ram).", snapshot.parked_budget_bytes),
+        ("parked_sequences", "Sequences kept there.", snapshot.n_parked),
+    ):
+        yield GaugeMetricFamily(f"wingman:{name}", text, value)
+    yield CounterMetricFamily(
+        "wingman:preemptions_total",
+        "Times that a sequence gave its room in a full cache to older ones.",
+        snapshot.n_preemptions_total,
+    )
 
 
 def _threads(snapshot: Snapshot) -> Iterable[Metric]:
