@@ -177,6 +177,15 @@ class LlamaRunner:
             sampler.close()
         self._samplers.clear()
 
+    def _can_shift(self, context: LlamaContext) -> bool:
+        """Whether positions can be moved. Keys in bf16, or quantised with heads that are no multiple of 64 wide,
+        end the process when they are (seen with 0.3.36)."""
+        type_k, model = self._context_config.cache_type_k, self._model.handle
+        head_width = int(lib.llama_model_n_embd(model)) // max(1, int(lib.llama_model_n_head(model)))
+        is_float = type_k in ("f16", "f32")
+        is_safe = is_float or (type_k != "bf16" and head_width % 64 == 0)
+        return is_safe and bool(lib.llama_memory_can_shift(context.memory))
+
     def _describe(self) -> ModelInfo:
         model, tokenizer, vocab = self._model, self._model.tokenizer, self._model.vocab
         embedding = describe_embedding(model, self._context_config)
@@ -206,7 +215,7 @@ class LlamaRunner:
             build=binding.build_info(),
             system_info=binding.system_info(),
             max_piece_bytes=tokenizer.max_piece_bytes,
-            can_shift=bool(lib.llama_memory_can_shift(context.memory)) if context else False,
+            can_shift=context is not None and self._can_shift(context),
             can_generate=context is not None,
             embedding=embedding,
             fim=tokenizer.fim_tokens(),
