@@ -64,6 +64,23 @@ def test_any_split_gives_the_same_text(data: bytes, cuts: list[int], stop: tuple
 
 
 @given(
+    st.lists(st.text(alphabet="abcd", max_size=6), max_size=12),
+    st.lists(st.text(alphabet="abc", min_size=1, max_size=12), min_size=1, max_size=6),
+)
+def test_no_more_is_held_back_than_could_begin_a_stop_string(pieces: list[str], stop: list[str]) -> None:
+    detokenizer, held = Detokenizer(tuple(stop)), ""
+    for data in pieces:
+        piece, text = detokenizer.push(data.encode()), held + data
+        if piece.stopping_word is not None:
+            assert text.startswith(piece.text + piece.stopping_word)
+            return
+        ends = (text[at:] for at in range(len(text)))
+        held = next((end for end in ends if any(word.startswith(end) for word in stop)), "")
+        assert piece.text + held == text
+    assert detokenizer.finish() == held
+
+
+@given(
     st.text(alphabet="abc", max_size=60),
     st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1),
 )

@@ -21,12 +21,17 @@ class Piece:
 class Detokenizer:
     """Incremental decoder with stop strings. Invalid bytes become U+FFFD (llama-server does the same)."""
 
-    __slots__ = ("_decoder", "_drops_partial", "_held", "_stop")
+    __slots__ = ("_beginnings", "_decoder", "_drops_partial", "_held", "_n_longest", "_stop")
 
     def __init__(self, stop: tuple[str, ...] = (), *, drops_partial: bool = False) -> None:
         self._drops_partial = drops_partial
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = tuple(word for word in stop if word)
+        self._n_longest = max(map(len, self._stop), default=0)
+        self._beginnings: dict[str, list[str]] = {}
+        """Stop strings by their first character, the longest first."""
+        for word in sorted(self._stop, key=len, reverse=True):
+            self._beginnings.setdefault(word[0], []).append(word)
         self._held = ""
 
     def push(self, data: bytes) -> Piece:
@@ -38,14 +43,27 @@ class Detokenizer:
         if not self._stop:
             return Piece(text)
         text = self._held + text
+        if self._beginnings.keys().isdisjoint(text):
+            return Piece(text)
         match = _first_match(text, self._stop)
         if match is not None:
             position, word = match
             self._held = ""
             return Piece(text[:position], word)
-        keep = _held_back(text, self._stop)
-        self._held = text[len(text) - keep :]
-        return Piece(text[: len(text) - keep])
+        n_safe = self._safe_length(text)
+        self._held = text[n_safe:]
+        return Piece(text[:n_safe])
+
+    def _safe_length(self, text: str) -> int:
+        """Length of `text` without its longest end that begins a stop string; none is in it as a whole."""
+        for position in range(max(0, len(text) - self._n_longest + 1), len(text)):
+            end = text[position:]
+            for word in self._beginnings.get(text[position], ()):
+                if len(word) < len(end):
+                    break
+                if word.startswith(end):
+                    return position
+        return len(text)
 
     def finish(self) -> str:
         """What was held back, when generation ends for another reason than a stop string."""
@@ -61,14 +79,3 @@ def _first_match(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:
         if position >= 0 and (best is None or position < best[0]):
             best = (position, word)
     return best
-
-
-def _held_back(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
-    longest = 0
-    for word in stop:
-        for length in range(min(len(word) - 1, len(text)), longest, -1):
-            if word.startswith(text[-length:]):
-                longest = length
-                break
-    return longest
