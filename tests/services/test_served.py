@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.runner import ScriptedRunner
+from tests.support.runner import N_VOCAB, ScriptedRunner
 from wingman.chat.template import Rendering
-from wingman.config import Config, ContextConfig, ModelConfig
+from wingman.config import Config, ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.runner import OnProgress
 from wingman.errors import ConfigurationError, ModelLoadFailure
 from wingman.services.served import Loader, ServedModel, choose_template
@@ -154,6 +155,23 @@ async def test_a_model_is_called_by_its_aliases_or_by_its_file() -> None:
     assert (served.name, served.aliases) == ("a", ("a", "b"))
     assert served.info.path.endswith("tiny.Q4_0.gguf")
     assert served.load_s >= 0.0
+
+
+async def test_biases_that_the_model_can_not_apply_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    biases = (
+        (5, 1.0),
+        (-1, 2.0),
+        (N_VOCAB, 3.0),
+        (10**20, -math.inf),
+        (6, math.nan),
+        (N_VOCAB - 1, -math.inf),
+    )
+    config = Config(context=ContextConfig(parallel=2), sampling=SamplingParams(logit_bias=biases))
+    served = await load_and_close(Loader(config, (), lambda _: None, Garage()))
+    assert served.config.sampling.logit_bias == ((5, 1.0), (N_VOCAB - 1, -math.inf))
+    assert caplog.messages == [
+        "--logit-bias: ignoring -1+2, 300+3, 100000000000000000000-inf, 6+nan; the model has tokens 0 to 299"
+    ]
 
 
 def render(template: str | None, **model: Any) -> str:

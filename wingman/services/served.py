@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Loader:
             aliases=tuple(sorted(names)),
             engine=engine,
             template=template,
-            config=self._config,
+            config=with_known_biases(self._config, engine.info.n_vocab),
             loaded_at=time.time(),
             constraint=constraint,
             load_s=time.monotonic() - started,
@@ -149,6 +150,17 @@ def with_cache_ram(config: ContextConfig) -> ContextConfig:
         return config
     _, n_free = host_memory()
     return dataclasses.replace(config, cache_ram=min(n_free // _CACHE_RAM_SHARE >> 20, MAX_CACHE_RAM_MIB))
+
+
+def with_known_biases(config: Config, n_vocab: int) -> Config:
+    """The config without biases that the model can't apply: of tokens that it does not have, or not a number."""
+    biases = config.sampling.logit_bias
+    known = tuple(pair for pair in biases if pair[0] in range(n_vocab) and not math.isnan(pair[1]))
+    if known == biases:
+        return config
+    ignored = ", ".join(f"{token}{bias:+g}" for token, bias in biases if (token, bias) not in known)
+    log.warning("--logit-bias: ignoring %s; the model has tokens 0 to %d", ignored, n_vocab - 1)
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, logit_bias=known))
 
 
 def read_default_constraint(config: ContextConfig) -> Constraint | None:
