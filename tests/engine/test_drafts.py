@@ -10,6 +10,7 @@ from tests.support.runner import solo_output
 from tests.support.scheduler import GREEDY, Machine
 from wingman.engine.drafting import Draft, DraftRequest
 from wingman.engine.drafts import Drafts, Opening
+from wingman.engine.runner import RunnerFailure
 from wingman.engine.sequence import Sequence as Generating
 from wingman.engine.types import Drafting, DraftKind, Job
 
@@ -59,7 +60,8 @@ def test_model_is_asked_for_what_is_wanted() -> None:
     first, second = Drafting(MODEL, n_max=3, p_min=0.5), Drafting(MODEL, n_max=9)
     guesses = plan(Drafts(oracle), opening(first), opening(second, job_id=2, n_most=4))
     assert guesses == [[40, 41, 42], [40, 41, 42, 43]]
-    assert oracle.asked == [DraftRequest(1, LOOP, 3, 0.5), DraftRequest(2, LOOP, 4, 0.0)]
+    text = [*LOOP, -1]  # what the slots hold, and the token to come
+    assert oracle.asked == [DraftRequest(1, text, 3, 0.5), DraftRequest(2, text, 4, 0.0)]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_auto_leaves_alone_what_does_not_pay() -> None:
 
 def test_guesses_share_what_room_there_is() -> None:
     wishes = [opening(Drafting(LOOKUP, n_max=6), job_id=job_id) for job_id in (1, 2)]
-    assert plan(Drafts(), *wishes, n_most=11) == [[], []], "forced ones are whole or none"
+    assert plan(Drafts(), *wishes, n_most=11) == [[7, 8, 5, 6, 7]] * 2, "forced ones share equally"
     drafts = with_costs(None, slope=0.001)
     wishes = [opening(Drafting(AUTO, n_max=6), job_id=job_id) for job_id in (1, 2)]
     assert sum(map(len, plan(drafts, *wishes, n_most=5))) == 5
@@ -187,3 +189,10 @@ def test_prompts_go_before_guesses() -> None:
     mixed = [batch for batch in machine.batches if {chunk.job_id for chunk in batch.chunks} == {1, 2}]
     assert mixed
     assert not any(chunk.n_draft for batch in mixed for chunk in batch.chunks)
+
+
+def test_a_draft_model_that_fails_costs_only_its_guesses() -> None:
+    def fail(_: object) -> list[Draft]:
+        raise RunnerFailure("scripted")
+
+    assert plan(Drafts(fail), opening(Drafting(MODEL, n_max=3))) == [[]]

@@ -366,7 +366,7 @@ def test_forced_drafts_are_taken_whole() -> None:
     costs = learned(Q4_1)
     candidates = [Candidate([0.01, 0.0], is_forced=True), Candidate([]), Candidate([0.1])]
     assert choose(candidates, 3, 16, costs) == [2, 0, 0]
-    assert choose(candidates, 3, 1, costs) == [0, 0, 0]
+    assert choose(candidates, 3, 1, costs) == [1, 0, 0]
 
 
 def test_short_drafts_are_dropped() -> None:

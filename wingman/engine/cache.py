@@ -215,11 +215,12 @@ class KvCache:
         )
 
     def make_room(self, n_tokens: int) -> bool:
-        """Release idle slots, least recently used first, until `n_tokens` more fit; whether they do."""
+        """Release slots whose tokens no job needs, least recently used first, until `n_tokens` more fit;
+        whether they do."""
         if not self._limits.is_unified:
             return True
         while self.n_held + n_tokens > self._limits.n_total:
-            holding = [slot for slot in self.slots if slot.is_free and slot.tokens]
+            holding = [slot for slot in self.slots if slot.is_spare and slot.tokens]
             if not holding:
                 return False
             self.release(min(holding, key=lambda slot: slot.last_used))

@@ -7,24 +7,28 @@ is left alone. Engine thread only; asking the draft model takes its time, the re
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wingman.engine.drafting import NO_DRAFT, Draft, DraftRequest, NgramDrafter
+from wingman.engine.runner import RunnerFailure
 from wingman.engine.sequence import Sequence as Generating
 from wingman.engine.speculation import Candidate, SequenceSpeculation, StepCosts, choose
 from wingman.engine.types import DraftKind
 
+log = logging.getLogger("wingman.engine")
 AskModel = Callable[[Sequence[DraftRequest]], list[Draft]]
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A generating sequence, the tokens its slot will hold before the guesses, and how many it may get."""
+    """A generating sequence and how many guesses it may get in this step."""
 
     sequence: Generating
     held: Sequence[int]
+    """What its slot holds; its last token is yet to come."""
     n_most: int
 
 
@@ -57,10 +61,14 @@ class Drafts:
         self._ask_model = ask_model
         self._guessers: dict[int, _Guesser] = {}
         self._costs = StepCosts()
+        self._asking_s = 0.0
 
-    def observe(self, n_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+    def observe(self, n_tokens: int, seconds: float) -> float:
+        """A step of so many tokens took so long, guesses included; how long without them."""
+        seconds = max(seconds - self._asking_s, 0.0)
+        self._asking_s = 0.0
         self._costs.observe(n_tokens, seconds)
+        return seconds
 
     def forget(self, job_id: int) -> None:
         """A job has ended; unknown ids are ignored."""
@@ -106,14 +114,24 @@ class Drafts:
             if length and not self._guessers[opening.sequence.job.id].draft.tokens
         ]
         requests = [
-            DraftRequest(each.sequence.slot_id, each.held, length, each.sequence.job.drafting.p_min)
+            DraftRequest(
+                each.sequence.slot_id,
+                [*each.held, each.sequence.next_token],
+                length,
+                each.sequence.job.drafting.p_min,
+            )
             for each, length in asking
         ]
         started = time.perf_counter()
-        drafts = ask_model(requests) if requests else []
+        try:
+            drafts = ask_model(requests) if requests else []
+        except RunnerFailure as error:
+            log.warning("the draft model failed: %s", error)
+            drafts = [NO_DRAFT] * len(requests)
+        self._asking_s = time.perf_counter() - started
         n_rounds = max((len(draft.tokens) for draft in drafts), default=0)
         if n_rounds:
-            self._costs.observe_drafting(n_rounds, time.perf_counter() - started)
+            self._costs.observe_drafting(n_rounds, self._asking_s)
         for (opening, _), draft in zip(asking, drafts, strict=True):
             wish = opening.sequence.job.drafting
             is_long_enough = len(draft.tokens) >= wish.n_min

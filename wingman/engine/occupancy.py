@@ -48,9 +48,12 @@ class Occupancy:
             if sequence.state is not JobState.PREFILL or sequence.is_settled or sequence.is_awaiting:
                 continue
             sequence.awaited = self._longer_prefix(sequence)
-            if sequence.awaited is None and self._has_room_again(sequence):
-                self._settle(sequence)
-                settled.append(sequence)
+            if sequence.awaited is not None:
+                continue
+            if not self._has_room_again(sequence):
+                break  # who comes later must not take the room that it waits for
+            self._settle(sequence)
+            settled.append(sequence)
         return settled
 
     def _settle(self, sequence: Sequence) -> None:
@@ -75,28 +78,41 @@ class Occupancy:
             for other in self._jobs.values()
             if other.state is JobState.PREFILL and other.job.id < job.id and other.job.lora == job.lora
         ]
-        if not older:
+        best, n_shared = None, self._limits.min_shared - 1
+        for other in older:
+            n_common = min(common_prefix(other.prompt, sequence.prompt), len(sequence.prompt) - 1)
+            if n_common > n_shared:
+                best, n_shared = other, n_common
+            if n_shared == len(sequence.prompt) - 1:
+                break
+        if best is None:
             return None
-        n_common = {other.job.id: common_prefix(other.prompt, sequence.prompt) for other in older}
-        best = max(older, key=lambda other: n_common[other.job.id])
-        n_shared = min(n_common[best.job.id], len(sequence.prompt) - 1)
         n_held = self._cache.n_obtainable(sequence.prompt, job.lora)
         return (best, n_shared) if n_shared >= n_held + self._limits.min_shared else None
 
     def _has_room_again(self, sequence: Sequence) -> bool:
-        """Whether a preempted sequence fits the shared pool now; one that is alone and does not fit ends."""
+        """Make room for a preempted sequence, beside what the others may still need; one that is alone takes
+        what there is."""
         if not sequence.is_preempted:
             return True
         n_wanted = len(sequence.prompt) + (self.n_generating + 1) * UNIFIED_RESERVE_TOKENS
         if self._cache.make_room(n_wanted):
             return True
-        is_alone = not any(slot.sequence is not None and slot.tokens for slot in self._cache.slots)
-        return is_alone and self._cache.make_room(len(sequence.prompt) + 1)
+        return not self._holding() and self._cache.make_room(len(sequence.prompt) + 1)
 
-    def victim(self) -> Sequence | None:
-        """The youngest sequence that holds tokens, unless it is the only one."""
-        holding = [slot.sequence for slot in self._cache.slots if slot.sequence is not None and slot.tokens]
-        return max(holding, key=lambda sequence: sequence.job.id) if len(holding) > 1 else None
+    def _holding(self) -> list[Sequence]:
+        """Sequences that hold tokens of their own."""
+        sequences = (slot.sequence for slot in self._cache.slots if slot.tokens)
+        return [sequence for sequence in sequences if sequence is not None and sequence.is_settled]
+
+    def victim(self, asking: Sequence | None = None) -> Sequence | None:
+        """The youngest sequence that holds tokens; None if there is no other than the one that asks for room,
+        by default the only one there is."""
+        holding = self._holding()
+        others = [sequence for sequence in holding if sequence is not asking]
+        if not others or (asking is None and len(holding) == 1):
+            return None
+        return max(holding, key=lambda sequence: sequence.job.id)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take the cache of a sequence away; what it held is parked if there is room."""

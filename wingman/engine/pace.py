@@ -1,11 +1,18 @@
-"""How many prompt tokens a step takes, so that who generates meanwhile is not kept waiting. Pure."""
+"""How many prompt tokens a step takes, so that who generates meanwhile is not kept waiting. Pure.
+
+Attention over a long context is computed in tiles of 64 queries where there are so many, else at half the
+speed (ggml_fa_tile_config). So beside others a prompt takes whole tiles, and one token more: the first one
+is computed together with those of the others (llama_batch_allocr::split_equal).
+"""
 
 from __future__ import annotations
 
-MIN_PREFILL_TOKENS = 32
-"""Least prompt tokens a step takes beside running generations, so that prompts always advance."""
-UNMEASURED_PREFILL_TOKENS = 64
-"""The same until the first prompt has shown how fast this machine is."""
+TILE_TOKENS = 64
+"""Prompt tokens come in multiples of this, and are at least so many until the speed is known."""
+MIN_MEASURED_TOKENS = 32
+"""Smaller steps tell nothing about the speed of prompts."""
+SLOW_PREFILL_TOKENS = 32
+"""Least prompt tokens of a step, where a tile takes more than three times as long as a step may."""
 
 
 class PrefillPace:
@@ -19,7 +26,7 @@ class PrefillPace:
 
     def observe(self, n_tokens: int, elapsed_s: float) -> None:
         """A step took so long; small ones tell nothing about prompts."""
-        if n_tokens >= MIN_PREFILL_TOKENS and elapsed_s > 0:
+        if n_tokens >= MIN_MEASURED_TOKENS and elapsed_s > 0:
             rate = n_tokens / elapsed_s
             self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
 
@@ -28,7 +35,7 @@ class PrefillPace:
         most = min(self._n_ubatch, self._n_batch - n_decoding)
         if not n_decoding:
             return most
-        if not self._rate:
-            return min(UNMEASURED_PREFILL_TOKENS, most)
         affordable = int(self._rate * self._max_step_s) - n_decoding
-        return min(max(affordable, MIN_PREFILL_TOKENS), most)
+        n_tiles = max(affordable // TILE_TOKENS, 1)
+        is_slow = self._rate and 3 * affordable < TILE_TOKENS
+        return min(SLOW_PREFILL_TOKENS if is_slow else n_tiles * TILE_TOKENS + 1, most)

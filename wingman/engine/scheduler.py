@@ -221,7 +221,7 @@ class Scheduler:
 
     def _choose_lora(self) -> None:
         """A step has one set of adapter scales; jobs that want different ones take turns."""
-        wanted = sorted({slot.sequence.job.lora for slot in self._cache.slots if slot.sequence is not None})
+        wanted = sorted({sequence.job.lora for sequence in self._jobs.values() if _has_work(sequence)})
         if wanted:
             self._lora = next((lora for lora in wanted if lora > self._lora), wanted[0])
 
@@ -229,8 +229,7 @@ class Scheduler:
         return (
             sequence is not None
             and sequence.state is state
-            and sequence.leader is None
-            and (sequence.is_settled or state is JobState.DECODE)
+            and _has_work(sequence)
             and sequence.job.lora == self._lora
         )
 
@@ -278,7 +277,7 @@ class Scheduler:
             n_most = min(n_most, sequence.job.n_predict - len(sequence.output) - 1)
         if not self._limits.can_rollback:  # while it is short enough
             n_most = min(n_most, self._limits.n_window - len(held) - 1)
-        return Opening(sequence, [*held, sequence.next_token], n_most)
+        return Opening(sequence, held, n_most)
 
     def _shift(self, slot: Slot, sequence: Sequence) -> None:
         """Forget n_discard tokens after the first n_keep (pre_decode of llama-server)."""
@@ -300,13 +299,11 @@ class Scheduler:
         for sequence in due:  # in order of arrival
             if budget <= 0:
                 break
-            n_wanted = sequence.n_prompt_left + len(sequence.forks) * len(sequence.prompt)
-            n_reserved += n_wanted
-            if not self._cache.make_room(n_reserved):
+            n_reserved += sequence.n_prompt_left + len(sequence.forks) * len(sequence.prompt)
+            if not self._cache.make_room(n_reserved):  # nobody passes it, or it would wait for ever
                 if not chunks and not n_generating:
-                    n_reserved -= n_wanted
                     self._give_way(sequence)
-                continue
+                break
             chunk = self._plan_prompt(sequence, budget)
             chunks.append(chunk)
             budget -= len(chunk.tokens)
@@ -332,7 +329,7 @@ class Scheduler:
     def _give_way(self, sequence: Sequence) -> None:
         """Nothing generates and a prompt does not fit beside others that are on their way: the youngest
         waits. One that does not fit alone never will."""
-        victim = self._occupancy.victim()
+        victim = self._occupancy.victim(sequence)
         if victim is not None:
             self._occupancy.preempt(victim)
         elif not sequence.output:
@@ -354,8 +351,7 @@ class Scheduler:
     def apply(self, batch: Batch, samples: Samples, now: float) -> None:
         """Account for a computed batch. Chunks of jobs cancelled meanwhile are passed over."""
         elapsed = now - batch.planned_at
-        self._pace.observe(batch.n_tokens, elapsed)
-        self._drafts.observe(batch.n_tokens, elapsed)
+        self._pace.observe(batch.n_tokens, self._drafts.observe(batch.n_tokens, elapsed))
         self.stats.sample_seconds += samples.sample_s
         for chunk in batch.chunks:
             sequence = self._jobs.get(chunk.job_id)
@@ -402,7 +398,7 @@ class Scheduler:
                 break
         self._cache.forget(slot, n_held + max(n_taken - 1, 0))
         if n_draft:
-            self._count_draft(sequence, n_draft, len(tokens) - 1)
+            self._count_draft(sequence, n_draft, max(0, n_taken - (slot.id not in samples.stuck)))
         if sequence.stop_type is not StopType.NONE:
             self._finish(sequence)
         elif slot.id in samples.stuck:  # its grammar leaves nothing to say
@@ -430,7 +426,7 @@ class Scheduler:
 
     def _report_progress(self, sequence: Sequence, now: float) -> None:
         job = sequence.job
-        if job.return_progress and job.stream:
+        if job.return_progress and job.stream and not sequence.output:
             elapsed_ms = (now - sequence.started_at) * 1000
             progress = Progress(job.id, len(job.prompt), sequence.n_cached, sequence.n_processed, elapsed_ms)
             self._events.append(progress)
@@ -455,6 +451,14 @@ class Scheduler:
             assert all(fork.leader is sequence for fork in sequence.forks)
         if self._limits.is_unified:
             assert self._cache.n_held <= self._limits.n_ctx_total
+
+
+def _has_work(sequence: Sequence) -> bool:
+    """Whether a sequence has a slot, its prefix, and waits for nobody."""
+    is_ready = sequence.state is JobState.DECODE or (
+        sequence.state is JobState.PREFILL and sequence.is_settled
+    )
+    return is_ready and sequence.leader is None
 
 
 def _sampler_start(sequence: Sequence) -> SamplerStart:

@@ -121,6 +121,8 @@ class Sequence:
             self.leader = None
         for fork in self.forks:
             fork.leader = None
+            if fork.state is JobState.PREFILL and not fork.n_filled:
+                fork.unsettle()
         self.forks.clear()
 
     def take(

@@ -39,6 +39,11 @@ class Slot:
         """Whether a job may enter."""
         return self.sequence is None and not self.is_reserved
 
+    @property
+    def is_spare(self) -> bool:
+        """Whether no job needs what it holds: it is free, or its job has not settled there yet."""
+        return self.is_free or (self.sequence is not None and not self.sequence.is_settled)
+
     def __repr__(self) -> str:
         owner = "idle" if self.sequence is None else f"job {self.sequence.job.id}"
         return f"<Slot {self.id} {owner} holds {len(self.tokens)}>"

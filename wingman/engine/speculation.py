@@ -197,8 +197,10 @@ def choose(candidates: Sequence[Candidate], n_tokens: int, n_most: int, costs: S
     `n_tokens` anyway. Each sequence that generates is a candidate, one without a draft has no chances."""
     taken = [len(each.chances) if each.is_forced else 0 for each in candidates]
     n_forced = sum(taken)
-    if n_forced > n_most:
-        return [0] * len(candidates)
+    if n_forced > n_most:  # each forced one gets the same
+        n_each = n_most // sum(each.is_forced for each in candidates)
+        taken = [min(n, n_each) for n in taken]
+        return [n if n >= each.n_min else 0 for n, each in zip(taken, candidates, strict=True)]
     value = len(candidates) + sum(sum(each.chances) for each in candidates if each.is_forced)
     offers = _offers(candidates)[: n_most - n_forced]
     for _, index in offers[: _best_count(offers, value, n_tokens + n_forced, costs)]:

@@ -174,6 +174,16 @@ class LlamaModel:
         return not self.is_recurrent and not lib.llama_model_n_swa(self.handle)
 
     @property
+    def head_width(self) -> int:
+        """Numbers in a key."""
+        metadata = self.metadata()
+        given = metadata.get(metadata.get("general.architecture", "") + ".attention.key_length", "")
+        if given.isdigit():
+            return int(given)
+        n_heads = max(1, int(lib.llama_model_n_head(self.handle)))
+        return int(lib.llama_model_n_embd(self.handle)) // n_heads
+
+    @property
     def is_recurrent(self) -> bool:
         """Whether it has a state that can't be taken back, alone or beside a cache."""
         return bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))

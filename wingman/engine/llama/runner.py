@@ -180,10 +180,8 @@ class LlamaRunner:
     def _can_shift(self, context: LlamaContext) -> bool:
         """Whether positions can be moved. Keys in bf16, or quantised with heads that are no multiple of 64 wide,
         end the process when they are (seen with 0.3.36)."""
-        type_k, model = self._context_config.cache_type_k, self._model.handle
-        head_width = int(lib.llama_model_n_embd(model)) // max(1, int(lib.llama_model_n_head(model)))
-        is_float = type_k in ("f16", "f32")
-        is_safe = is_float or (type_k != "bf16" and head_width % 64 == 0)
+        type_k = self._context_config.cache_type_k
+        is_safe = type_k in ("f16", "f32") or (type_k != "bf16" and self._model.head_width % 64 == 0)
         return is_safe and bool(lib.llama_memory_can_shift(context.memory))
 
     def _describe(self) -> ModelInfo:
