@@ -104,3 +104,9 @@ def test_sampler_spellings() -> None:
     names = canonical_samplers(["Top-K", "topk", "TYPICAL_P", "typ", "nucleus", "temp", "tfs_z", "min_p"])
     assert names == ("top_k", "top_k", "typ_p", "typ_p", "top_p", "temperature", "min_p")
     assert samplers_from_letters("kyt?") == ("top_k", "typ_p", "temperature")
+
+
+def test_drafting_with_a_model_needs_one() -> None:
+    with pytest.raises(ConfigurationError, match="--model-draft"):
+        config("--spec-type", "draft-simple")
+    assert config("--spec-type", "draft-simple", "-md", "a.gguf").context.spec_type == "draft-simple"

@@ -448,3 +448,5 @@ def check_bounds(group: object) -> None:
             raise ConfigurationError(f"{flag} must be from {low} to {high}, not {value}")
     if isinstance(group, ContextConfig) and group.batch_size < group.parallel:
         raise ConfigurationError(f"--batch-size must be at least --parallel ({group.parallel})")
+    if isinstance(group, ContextConfig) and group.spec_type == "draft-simple" and group.model_draft is None:
+        raise ConfigurationError("--spec-type draft-simple needs a draft model: name one with --model-draft")

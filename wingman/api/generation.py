@@ -158,6 +158,8 @@ def read_drafting(fields: GenerationFields, context: ContextConfig) -> Drafting:
         raise InvalidRequest(
             f"Field 'speculative.type': must be one of {', '.join(kinds)}", "speculative.type"
         )
+    if kind == DraftKind.MODEL.value and context.model_draft is None:
+        raise InvalidRequest("Field 'speculative.type': no draft model is loaded", "speculative.type")
 
     def number(value: Any, name: str, default: Any) -> Any:
         return default if value is None else read_number(value, f"speculative.{name}", DRAFTING[name])
