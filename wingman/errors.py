@@ -104,5 +104,9 @@ class ModelLoadFailure(WingmanError):
     """A model file is missing, damaged, of an unknown kind, or does not fit in memory."""
 
 
+class DraftMisfit(ModelLoadFailure):
+    """The draft model can't guess what the model that is loaded will say; without it the model can be loaded."""
+
+
 class ConfigurationError(WingmanError):
     """A flag, environment variable or configuration file can't be used as given."""

@@ -16,7 +16,7 @@ from wingman.engine.llama.binding import lib
 from wingman.engine.llama.draft import DraftModel, check_vocabularies
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.runner import RunnerFailure
-from wingman.errors import ModelLoadFailure
+from wingman.errors import DraftMisfit, ModelLoadFailure
 
 CONTEXT = ContextConfig(ctx_size=768, parallel=3, threads=1, batch_size=64, ubatch_size=64)
 N_CTX_SLOT = 256
@@ -153,7 +153,7 @@ def test_starts_over_after_a_failure(drafter: DraftModel, monkeypatch: pytest.Mo
 def test_other_models_are_refused(target: LlamaModel, tmp_path: Path) -> None:
     other = write_llama(tmp_path / "more.gguf", knows_repositories=True)
     DraftModel(target, ModelConfig(model=other), CONTEXT).close()  # two tokens more do no harm
-    with pytest.raises(ModelLoadFailure, match="does not generate"):
+    with pytest.raises(DraftMisfit, match="does not generate"):
         DraftModel(target, ModelConfig(model=write_bert(tmp_path / "bert.gguf")), CONTEXT)
     with pytest.raises(ModelLoadFailure, match="not a file"):
         DraftModel(target, ModelConfig(model=tmp_path / "none.gguf"), CONTEXT)
@@ -174,7 +174,7 @@ def test_differences_are_named(
 ) -> None:
     sides = iter(answers)
     monkeypatch.setattr(lib, name, lambda *_: next(sides))
-    with pytest.raises(ModelLoadFailure, match=message):
+    with pytest.raises(DraftMisfit, match=message):
         DraftModel(target, ModelConfig(model=target.path), CONTEXT)
 
 
@@ -183,6 +183,6 @@ def test_sizes_may_differ_a_little(target: LlamaModel, monkeypatch: pytest.Monke
     monkeypatch.setattr(draft.tokenizer, "n_tokens", target.tokenizer.n_tokens - 128)
     check_vocabularies(target, draft)
     monkeypatch.setattr(draft.tokenizer, "n_tokens", target.tokenizer.n_tokens - 129)
-    with pytest.raises(ModelLoadFailure, match="tokens"):
+    with pytest.raises(DraftMisfit, match="tokens"):
         check_vocabularies(target, draft)
     draft.close()

@@ -15,7 +15,7 @@ from tests.support.runner import N_VOCAB, ScriptedRunner
 from wingman.chat.template import Rendering
 from wingman.config import Config, ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.runner import OnProgress
-from wingman.errors import ConfigurationError, ModelLoadFailure
+from wingman.errors import ConfigurationError, DraftMisfit, ModelLoadFailure
 from wingman.services.served import Loader, ServedModel, choose_template
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -155,6 +155,28 @@ async def test_a_model_is_called_by_its_aliases_or_by_its_file() -> None:
     assert (served.name, served.aliases) == ("a", ("a", "b"))
     assert served.info.path.endswith("tiny.Q4_0.gguf")
     assert served.load_s >= 0.0
+
+
+class Choosy(Garage):
+    """Whose model no draft model fits."""
+
+    def __call__(self, model: ModelConfig, context: ContextConfig, on_progress: OnProgress) -> ScriptedRunner:
+        runner = super().__call__(model, context, on_progress)
+        if context.model_draft is not None:
+            raise DraftMisfit("it speaks otherwise")
+        return runner
+
+
+async def test_a_draft_model_that_does_not_fit_is_left_out_unless_it_must_be_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    garage, context = Choosy(), ContextConfig(model_draft=Path("draft.gguf"), spec_type="draft-simple")
+    served = await load_and_close(Loader(Config(context=context), (), lambda _: None, garage))
+    assert (served.config.context.model_draft, served.config.context.spec_type) == (None, "auto")
+    assert caplog.messages == ["it speaks otherwise; going on without it"]
+    with pytest.raises(DraftMisfit):
+        await Loader(Config(context=context), (), lambda _: None, garage, 33, needs_draft=True).load()
+    assert len(garage.tried) == 3, "fewer layers on the GPU do not make it fit"
 
 
 async def test_biases_that_the_model_can_not_apply_are_dropped(caplog: pytest.LogCaptureFixture) -> None:

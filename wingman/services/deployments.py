@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from wingman.config import Config
-from wingman.errors import InvalidRequest, NotFound
+from wingman.errors import InvalidRequest, ModelLoadFailure, NotFound
 from wingman.services.gguf import BadGguf, GgufHeader, read_parts
 from wingman.services.home import LOCAL, Home, file_name, split_parts
 from wingman.services.items import DownloadItem
 from wingman.services.memory import estimate_bytes
 from wingman.services.modelfile import read_model
+from wingman.services.served import without_draft
+
+log = logging.getLogger("wingman.residency")
 
 MAX_ALIAS_CHARS: Final = 256
 """As much as the path of a file in a repository, which may be one."""
@@ -34,6 +38,8 @@ class Deployment:
     """What it is called in answers; () for its file name."""
     need_bytes: int = 0
     is_forced: bool = False
+    needs_draft: bool = False
+    """Whether a draft model that does not fit it is an error."""
     n_layers: int = 0
     """Layers that could go to a GPU; 0 where there is none."""
     tensor_types: Mapping[str, int] = field(default_factory=dict)
@@ -87,8 +93,9 @@ class Deployer:
             name=name,
             config=config,
             aliases=config.model.alias,
-            need_bytes=estimate_need(header, config),
+            need_bytes=estimate_need(header, config) + await self._draft_need(config),
             is_forced=True,
+            needs_draft=True,
             n_layers=header.n_layer + 1 if self._has_gpu() else 0,
             tensor_types=header.tensor_types,
         )
@@ -106,6 +113,11 @@ class Deployer:
         if self._refresh is not None:
             await self._refresh()
         need = estimate_need(header, config)
+        try:
+            need += await self._draft_need(config)
+        except ModelLoadFailure as error:
+            log.warning("%s is loaded without a draft model: %s", request.alias, error)
+            config = without_draft(config)
         n_layers = header.n_layer + 1 if self._has_gpu() else 0
         return Deployment(
             name=request.alias,
@@ -116,6 +128,14 @@ class Deployer:
             n_layers=n_layers,
             tensor_types=header.tensor_types,
         )
+
+    async def _draft_need(self, config: Config) -> int:
+        """Bytes of memory that the draft model takes beside the other. Raises ModelLoadFailure."""
+        if config.context.model_draft is None:
+            return 0
+        header = await asyncio.to_thread(read_model, config.context.model_draft.expanduser())
+        whole = dataclasses.replace(config.context, swa_full=True)
+        return estimate_need(header, dataclasses.replace(config, context=whole))
 
     def _files(self, repo: str, file_path: str) -> list[Path]:
         """The files of a model that is complete; raises NotFound."""

@@ -301,6 +301,7 @@ class Residency:
             lambda progress: self._tell(name, progress=progress),
             self._make_runner,
             deployment.n_layers,
+            needs_draft=deployment.needs_draft,
         )
         if self._roster.state(name) is State.ABANDONED:  # stopped before this began
             entry.loader.abandon()

@@ -22,8 +22,8 @@ from wingman.chat.grammar import check_grammar
 from wingman.chat.template import CHATML, ChatTemplate, FamilyTemplate, Template
 from wingman.config import Config, ContextConfig, ModelConfig
 from wingman.engine.client import Engine, MakeRunner
-from wingman.engine.types import Constraint, ModelInfo
-from wingman.errors import ConfigurationError, InvalidRequest, ModelLoadFailure
+from wingman.engine.types import Constraint, DraftKind, ModelInfo
+from wingman.errors import ConfigurationError, DraftMisfit, InvalidRequest, ModelLoadFailure
 from wingman.services.hardware import host_memory
 from wingman.services.home import file_name
 
@@ -67,14 +67,17 @@ class Loader:
         on_progress: Callable[[float], None],
         make_runner: MakeRunner | None = None,
         n_layers: int = 0,
+        *,
+        needs_draft: bool = False,
     ) -> None:
         """`names` are the model's aliases, () for its file name; `n_layers` are the layers that could go to a
-        GPU, 0 where there is none."""
+        GPU, 0 where there is none. With `needs_draft` a draft model that does not fit is an error."""
         self._config = config
         self._names = names
         self._on_progress = on_progress
         self._make_runner = make_runner
         self._n_layers = n_layers
+        self._needs_draft = needs_draft
         self._engine: Engine | None = None
         self._is_abandoned = False
 
@@ -109,10 +112,10 @@ class Loader:
         )
 
     async def _open_engine(self) -> tuple[Engine, int]:
-        """An engine with as many layers on the GPU as fit, and their number."""
+        """An engine with as many layers on the GPU as fit, and their number; with the draft model if it fits."""
         n_gpu_layers = self._config.model.n_gpu_layers
-        context = await asyncio.to_thread(with_cache_ram, self._config.context)
         while True:
+            context = await asyncio.to_thread(with_cache_ram, self._config.context)
             model = dataclasses.replace(self._config.model, n_gpu_layers=n_gpu_layers)
             engine = self._engine = Engine(model, context, self._make_runner)
             if self._is_abandoned:
@@ -123,6 +126,12 @@ class Loader:
                 engine.abandon_load()
                 await engine.close()
                 raise
+            except DraftMisfit as error:
+                await engine.close()
+                if self._needs_draft or self._is_abandoned:
+                    raise
+                log.warning("%s; going on without it", error)
+                self._config = without_draft(self._config)
             except ModelLoadFailure as error:
                 await engine.close()
                 n_tried = self._n_layers if n_gpu_layers < 0 else min(n_gpu_layers, self._n_layers)
@@ -150,6 +159,14 @@ def with_cache_ram(config: ContextConfig) -> ContextConfig:
         return config
     _, n_free = host_memory()
     return dataclasses.replace(config, cache_ram=min(n_free // _CACHE_RAM_SHARE >> 20, MAX_CACHE_RAM_MIB))
+
+
+def without_draft(config: Config) -> Config:
+    """The config of a model that nothing but its own text drafts for."""
+    context = config.context
+    spec_type = DraftKind.AUTO.value if context.spec_type == DraftKind.MODEL.value else context.spec_type
+    context = dataclasses.replace(context, model_draft=None, spec_type=spec_type)
+    return dataclasses.replace(config, context=context)
 
 
 def with_known_biases(config: Config, n_vocab: int) -> Config:

@@ -26,7 +26,7 @@ from wingman.engine.llama.context import LlamaContext
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.runner import RunnerFailure
 from wingman.engine.slots import common_prefix
-from wingman.errors import ModelLoadFailure
+from wingman.errors import DraftMisfit
 
 MAX_CATCH_UP_TOKENS: Final = 256
 """Tokens computed at once to catch up, all slots together, so that a long prompt does not stall a step; slots
@@ -51,7 +51,7 @@ class DraftModel:
 
     def __init__(self, target: LlamaModel, model: ModelConfig, context: ContextConfig) -> None:
         """Load the file that `model` names beside `target`; `context` as for the target, its `ctx_size` shared by
-        as many slots. Raises ModelLoadFailure, also when the two don't speak the same tokens."""
+        as many slots. Raises ModelLoadFailure; DraftMisfit when the two don't speak the same tokens."""
         self._model = LlamaModel(dataclasses.replace(model, lora=(), lora_scaled=(), override_kv=()))
         self._context: LlamaContext | None = None
         try:
@@ -163,16 +163,16 @@ def _share(logits: npt.NDArray[np.float32], token: int) -> float:
 
 def _check_kind(draft: LlamaModel) -> None:
     if not draft.can_generate:
-        raise ModelLoadFailure(f"{draft.path.name} can't draft: it does not generate text")
+        raise DraftMisfit(f"{draft.path.name} can't draft: it does not generate text")
     if lib.llama_model_is_recurrent(draft.handle) or lib.llama_model_is_hybrid(draft.handle):
-        raise ModelLoadFailure(f"{draft.path.name} can't draft: its state can't be taken back")
+        raise DraftMisfit(f"{draft.path.name} can't draft: its state can't be taken back")
 
 
 def check_vocabularies(target: LlamaModel, draft: LlamaModel) -> None:
-    """Raise ModelLoadFailure unless token ids mean the same in both (common_speculative_are_compatible)."""
+    """Raise DraftMisfit unless token ids mean the same in both (common_speculative_are_compatible)."""
     difference = _difference(target, draft)
     if difference:
-        raise ModelLoadFailure(f"{draft.path.name} can't draft for {target.path.name}: {difference}")
+        raise DraftMisfit(f"{draft.path.name} can't draft for {target.path.name}: {difference}")
 
 
 def _difference(target: LlamaModel, draft: LlamaModel) -> str:
