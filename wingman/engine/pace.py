@@ -8,7 +8,7 @@ is computed together with those of the others (llama_batch_allocr::split_equal).
 from __future__ import annotations
 
 TILE_TOKENS = 64
-"""Prompt tokens come in multiples of this, and are at least so many until the speed is known."""
+"""Pieces of prompts come in multiples of this, and take one of it until the speed is known."""
 MIN_MEASURED_TOKENS = 32
 """Smaller steps tell nothing about the speed of prompts."""
 SLOW_PREFILL_TOKENS = 32
@@ -36,6 +36,14 @@ class PrefillPace:
         if not n_decoding:
             return most
         affordable = int(self._rate * self._max_step_s) - n_decoding
-        n_tiles = max(affordable // TILE_TOKENS, 1)
         is_slow = self._rate and 3 * affordable < TILE_TOKENS
-        return min(SLOW_PREFILL_TOKENS if is_slow else n_tiles * TILE_TOKENS + 1, most)
+        return min(SLOW_PREFILL_TOKENS if is_slow else max(affordable, TILE_TOKENS + 1), most)
+
+
+def piece_of(n_left: int, budget: int, *, is_first: bool) -> int:
+    """How much of a prompt with `n_left` tokens to take: all, or whole tiles and one; less only of the first
+    prompt of a step."""
+    n_tiles = (budget - 1) // TILE_TOKENS
+    if n_left <= budget or (is_first and not n_tiles):
+        return min(n_left, budget)
+    return n_tiles * TILE_TOKENS + 1 if n_tiles > 0 else 0

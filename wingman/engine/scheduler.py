@@ -24,7 +24,7 @@ from wingman.engine.drafts import AskModel, Drafts, Opening
 from wingman.engine.lifecycle import JobMove, JobState
 from wingman.engine.limits import SchedulerLimits
 from wingman.engine.occupancy import UNIFIED_RESERVE_TOKENS, Occupancy
-from wingman.engine.pace import PrefillPace
+from wingman.engine.pace import PrefillPace, piece_of
 from wingman.engine.runner import Batch, Chunk, Fork, SamplerStart, Samples, Vocabulary
 from wingman.engine.sequence import Sequence
 from wingman.engine.slotjobs import SlotJobs
@@ -296,7 +296,7 @@ class Scheduler:
         n_generating = self._occupancy.n_generating
         n_reserved = n_generating * UNIFIED_RESERVE_TOKENS
         due = [sequence for sequence in self._jobs.values() if self._is_due(sequence, JobState.PREFILL)]
-        for sequence in due:  # in order of arrival
+        for n_planned, sequence in enumerate(due):  # in order of arrival
             if budget <= 0:
                 break
             n_reserved += sequence.n_prompt_left + len(sequence.forks) * len(sequence.prompt)
@@ -304,7 +304,10 @@ class Scheduler:
                 if not chunks and not n_generating:
                     self._give_way(sequence)
                 break
-            chunk = self._plan_prompt(sequence, budget)
+            n_tokens = piece_of(sequence.n_prompt_left, budget, is_first=not n_planned)
+            if not n_tokens:
+                break
+            chunk = self._plan_prompt(sequence, n_tokens)
             chunks.append(chunk)
             budget -= len(chunk.tokens)
             if not sequence.n_prompt_left - len(chunk.tokens):
@@ -314,12 +317,12 @@ class Scheduler:
                     samplers += map(_sampler_start, group)
         return tuple(samplers), tuple(forks)
 
-    def _plan_prompt(self, sequence: Sequence, budget: int) -> Chunk:
+    def _plan_prompt(self, sequence: Sequence, n_tokens: int) -> Chunk:
         """The next tokens of a prompt; after the last a token is sampled, unless that was done before a
         preemption or none is wanted."""
         slot = self._cache.slots[sequence.slot_id]
         start = sequence.n_filled
-        tokens = sequence.prompt[start : start + budget]
+        tokens = sequence.prompt[start : start + n_tokens]
         is_last = len(tokens) == sequence.n_prompt_left
         wants_sample = is_last and sequence.job.n_predict != 0 and not sequence.output
         chunk = Chunk(slot.id, sequence.job.id, tokens, len(slot.tokens), wants_sample)
