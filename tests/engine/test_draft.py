@@ -110,6 +110,23 @@ def test_long_texts_are_caught_up_with_in_pieces(drafter: DraftModel, target: Ll
     assert [one[0] for one in drafts] == [NO_DRAFT] * 3 + [Draft(greedy(target, long, 2), 0)]
 
 
+def test_slots_that_share_a_cache_draft_until_it_is_full(target: LlamaModel, tiny_model: Path) -> None:
+    shared = ContextConfig(
+        ctx_size=N_CTX_SLOT, parallel=4, kv_unified=True, threads=1, batch_size=64, ubatch_size=64
+    )
+    model = DraftModel(target, ModelConfig(model=tiny_model), shared)
+    texts = [[1, *(300 + (slot * 31 + index * 7) % 90 for index in range(61))] for slot in range(4)]
+    expected = [fresh(target, DraftRequest(0, text, 4)) for text in texts]
+    for slot, text in enumerate(texts):  # each leaves its text there; four do not fit
+        assert model.draft([DraftRequest(slot, text, 4)]) == [expected[slot]]
+    drafts = model.draft([DraftRequest(slot, text, 4) for slot, text in enumerate(texts)])
+    assert drafts.count(NO_DRAFT) == 1
+    assert all(draft in (NO_DRAFT, own) for draft, own in zip(drafts, expected, strict=True))
+    long = DraftRequest(2, [1, *(300 + index % 90 for index in range(N_CTX_SLOT - 4))], 1000)
+    assert len([model.draft([long])[0] for _ in range(4)][-1].tokens) == 4
+    model.close()
+
+
 def test_doubtful_guesses_end_a_draft(drafter: DraftModel) -> None:
     all_of_it = drafter.draft([DraftRequest(0, PROMPT, 8)])[0]
     some = drafter.draft([DraftRequest(0, PROMPT, 8, p_min=0.2)])[0]

@@ -64,6 +64,7 @@ class DraftModel:
             raise
         self._batch = TokenBatch(self._context.n_batch)
         self._n_vocab = self._model.tokenizer.n_tokens
+        self._is_unified = context.kv_unified
         self._n_shared = min(self._n_vocab, target.tokenizer.n_tokens)
         self._held: list[list[int]] = [[] for _ in range(context.parallel)]
 
@@ -71,6 +72,8 @@ class DraftModel:
         """A draft for each request, of different slots. Raises RunnerFailure; the next call starts over then."""
         growing = [self._align(request) for request in requests]
         wanted = sorted((each for each in growing if each is not None), key=lambda each: len(each.pending))
+        if self._is_unified:
+            self._make_room(wanted)
         while wanted:
             outputs = self._add_pending(wanted)
             self._decode()
@@ -100,11 +103,35 @@ class DraftModel:
         n_common = min(len(held), len(tokens) - 1)
         if held[:n_common] != tokens[:n_common]:
             n_common = common_prefix(held[:n_common], tokens)
-        if n_common < len(held):
-            lib.llama_memory_seq_rm(self._generating().memory, request.slot_id, n_common, -1)
-            del held[n_common:]
+        self._forget(request.slot_id, n_common)
         pending = tokens[n_common:]
         return _Growing(request, pending) if max(pending) < self._n_shared else None
+
+    def _make_room(self, wanted: list[_Growing]) -> None:
+        """Where the slots share the cache, forget the text of those that want nothing, as far as there is no
+        room, then drop requests, those with the most to catch up with first."""
+        n_over = sum(map(len, self._held)) + sum(map(self._n_needed, wanted)) - self._generating().n_ctx
+        asked = {each.request.slot_id for each in wanted}
+        idle = [slot_id for slot_id, held in enumerate(self._held) if held and slot_id not in asked]
+        while n_over > 0 and idle:
+            n_over -= self._forget(idle.pop())
+        while n_over > 0 and wanted:
+            last = wanted.pop()
+            n_over -= self._n_needed(last) + self._forget(last.request.slot_id)
+
+    def _n_needed(self, growing: _Growing) -> int:
+        """Tokens that a draft adds to its slot at most; its last one is not computed."""
+        n_left = self._generating().n_ctx_slot - len(growing.request.tokens)
+        return len(growing.pending) + min(growing.request.n_max - 1, n_left)
+
+    def _forget(self, slot_id: int, n_kept: int = 0) -> int:
+        """Drop all but the first tokens of a slot; how many that were."""
+        held = self._held[slot_id]
+        n_dropped = len(held) - n_kept
+        if n_dropped > 0:
+            lib.llama_memory_seq_rm(self._generating().memory, slot_id, n_kept, -1)
+            del held[n_kept:]
+        return n_dropped
 
     def _add_pending(self, wanted: Sequence[_Growing]) -> list[tuple[_Growing, int]]:
         """Put into the batch what is pending, as much as fits; those it is all of, with their batch indices."""
