@@ -169,6 +169,21 @@ def test_idle_slots_make_room_for_a_restore_in_a_shared_cache() -> None:
     assert [len(slot.tokens) for slot in machine.scheduler._cache.slots] == [0, len(saved.tokens)]
 
 
+def test_a_restore_without_room_leaves_the_slot_as_it_was() -> None:
+    machine = Machine(n_slots=2, n_ctx_slot=32, n_ctx=32, is_unified=True)
+    machine.add(1, [1, 5], n_predict=1, id_slot=1)
+    machine.run()
+    held = list(machine.scheduler._cache.slots[1].tokens)
+    machine.add(2, PROMPT, id_slot=0, n_predict=4)
+    machine.step()
+    machine.change(3, 1, SlotMove.RESTORE, tokens=tuple(range(1, 31)), state=b"x" * 120)
+    machine.step()
+    assert Failed(3, FailureKind.UNAVAILABLE, "no room") in machine.events
+    assert machine.scheduler._cache.slots[1].tokens == held != []
+    machine.run()
+    assert list(machine.finished(2).tokens) == solo_output(PROMPT, 4, 32)
+
+
 def test_the_end_refuses_changes_and_finishes_answers() -> None:
     machine = Machine(n_slots=2, n_batch=32)
     add_group(machine, 1, PROMPT, 2)

@@ -80,7 +80,9 @@ class Machine:
     def _change_slots(self) -> None:
         jobs = self.scheduler.slot_jobs
         while (job := jobs.next()) is not None:
-            if job.move is SlotMove.SAVE:
+            if not jobs.has_room(job):
+                self.scheduler.post(jobs.refuse(job, FailureKind.UNAVAILABLE, "no room"))
+            elif job.move is SlotMove.SAVE:
                 self.scheduler.post(jobs.finish(job, self.runner.save_slot(job.slot_id)))
             elif job.move is SlotMove.RESTORE and not self.runner.restore_slot(
                 job.slot_id, job.state, len(job.tokens)

@@ -29,9 +29,14 @@ class SlotJobs:
     def next(self) -> SlotJob | None:
         """The first change whose slot is idle and as the cache is; the caller does it and reports."""
         job = next((job for job in self._queue if self._cache.slots[job.slot_id].is_idle), None)
-        if job is not None and job.move is SlotMove.RESTORE:
-            self._cache.make_room(len(job.tokens) - len(self._cache.slots[job.slot_id].tokens))
+        if job is not None:
+            self.has_room(job)
         return None if self._cache.has_ops else job
+
+    def has_room(self, job: SlotJob) -> bool:
+        """Whether the cache can take what is to be restored; what idle slots hold makes way for it."""
+        n_held = len(self._cache.slots[job.slot_id].tokens)
+        return job.move is not SlotMove.RESTORE or self._cache.make_room(len(job.tokens) - n_held)
 
     def finish(self, job: SlotJob, state: bytes = b"") -> SlotChanged:
         """The change is done; a restored slot holds the job's tokens, an erased one none."""
@@ -47,8 +52,9 @@ class SlotJobs:
         return SlotChanged(job.id, tokens, state, slot.lora)
 
     def refuse(self, job: SlotJob, kind: FailureKind, message: str) -> Failed:
-        """The change can't be done; a slot that was to be restored is empty."""
-        if job.move is SlotMove.RESTORE:
+        """The change can't be done; a slot that was to be restored is empty, or as it was when it was not tried
+        (UNAVAILABLE)."""
+        if job.move is SlotMove.RESTORE and kind is not FailureKind.UNAVAILABLE:
             self._cache.forget(self._cache.slots[job.slot_id], 0)
         self._drop(job)
         return Failed(job.id, kind, message)

@@ -58,6 +58,7 @@ SNAPSHOT_INTERVAL_S = 0.05
 STALL_WAIT_S = 0.02
 """How long to wait for a command when jobs exist but nothing can be computed."""
 _DONE = object()
+NO_ROOM = "there is no room in the shared context for what is to be restored"
 _FAILED_STEP = "the model runtime failed on this request"
 
 
@@ -306,7 +307,9 @@ class EngineThread:
                 scheduler.post(scheduler.slot_jobs.refuse(job, FailureKind.ENGINE, _FAILED_STEP))
 
     def _change_slot(self, job: SlotJob, runner: Runner, scheduler: Scheduler) -> None:
-        if job.move is SlotMove.SAVE:
+        if not scheduler.slot_jobs.has_room(job):
+            scheduler.post(scheduler.slot_jobs.refuse(job, FailureKind.UNAVAILABLE, NO_ROOM))
+        elif job.move is SlotMove.SAVE:
             scheduler.post(scheduler.slot_jobs.finish(job, runner.save_slot(job.slot_id)))
         elif job.move is SlotMove.RESTORE and not runner.restore_slot(
             job.slot_id, job.state, len(job.tokens)
