@@ -83,13 +83,13 @@ def is_stuck(held: Sequence[int]) -> bool:
     return _hash(held) % 11 == 0
 
 
-def model_info(n_slots: int, n_ctx_slot: int) -> ModelInfo:
+def model_info(n_slots: int, n_ctx_slot: int, n_ctx: int | None = None) -> ModelInfo:
     """Facts of the scripted model."""
     return ModelInfo(
         path="scripted.gguf", description="scripted", n_vocab=N_VOCAB, n_ctx_train=n_ctx_slot, n_ctx_slot=n_ctx_slot,
-        n_embd=1, n_params=1, size_bytes=1, ftype="F32", vocab_type=1, n_slots=n_slots, bos_token="<1>",
-        eos_token="<2>", adds_bos=True, chat_template=None, build="b-scripted", system_info="", can_shift=True,
-        max_piece_bytes=3,
+        n_ctx_total=n_ctx or n_slots * n_ctx_slot, n_embd=1, n_params=1, size_bytes=1, ftype="F32", vocab_type=1,
+        n_slots=n_slots, bos_token="<1>", eos_token="<2>", adds_bos=True, chat_template=None, build="b-scripted",
+        system_info="", can_shift=True, max_piece_bytes=3,
         eog_tokens=(EOS,), embedding=EmbeddingInfo(PoolingType.MEAN, 1, N_EMBED),
     )  # fmt: skip
 
@@ -100,10 +100,10 @@ class ScriptedRunner:
     def __init__(
         self, n_slots: int = 2, n_ctx_slot: int = 64, n_ctx: int | None = None, n_batch: int = 16
     ) -> None:
-        self.info = model_info(n_slots, n_ctx_slot)
+        self.info = model_info(n_slots, n_ctx_slot, n_ctx)
         self.tokenizer: Tokenizer = ScriptedVocabulary()
         self.cache: list[list[int]] = [[] for _ in range(n_slots)]
-        self.n_ctx = n_ctx or n_slots * n_ctx_slot
+        self.n_ctx = self.info.n_ctx_total
         self.n_batch = self.n_ubatch = n_batch
         self.can_rollback = True
         self.n_window = 0

@@ -413,6 +413,8 @@ class ModelInfo:
     n_vocab: int
     n_ctx_train: int
     n_ctx_slot: int
+    n_ctx_total: int
+    """Of all slots together: as much for each, or one pool that they share."""
     n_embd: int
     n_params: int
     size_bytes: int

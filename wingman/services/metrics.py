@@ -63,8 +63,8 @@ class EngineCollector(Collector):
         busy = snapshot.n_busy_slots_total / snapshot.n_steps if snapshot.n_steps else 0.0
         yield _gauge("n_busy_slots_per_decode", "Average busy slots per llama_decode call.", busy)
         held = sum(slot.n_held for slot in snapshot.slots)
-        capacity = engine.info.n_ctx_slot * engine.info.n_slots
-        yield _gauge("kv_cache_usage_ratio", "Share of the KV cache in use.", held / capacity)
+        share = min(1.0, held / engine.info.n_ctx_total)  # what slots share counts for each
+        yield _gauge("kv_cache_usage_ratio", "Share of the KV cache in use.", share)
         yield _gauge("kv_cache_tokens", "Tokens in the KV cache.", held)
         yield from _threads(snapshot)
         yield from _prefixes(snapshot)

@@ -154,7 +154,7 @@ class Reading:
             "requests_running": model.engine.n_running,
             "requests_waiting": model.engine.n_waiting,
             "kv_cache_tokens": n_held,
-            "kv_cache_usage_ratio": _ratio(n_held, info.n_ctx_slot * info.n_slots),
+            "kv_cache_usage_ratio": min(1.0, _ratio(n_held, info.n_ctx_total)),
             "tokens_per_second": self.tokens_per_second,
         }
 
@@ -251,7 +251,7 @@ def system_of(model: MonitoredModel) -> dict[str, Any]:
     info, placement = model.engine.info, model.placement
     path = info.path.encode("utf-8", "replace").decode()  # a path need not be UTF-8
     return {
-        "ctx_size": info.n_ctx_slot * info.n_slots,
+        "ctx_size": info.n_ctx_total,
         "cuda_str": placement.cuda,
         "gpu_name": placement.gpu_name,
         "mem_required": placement.required_mb,

@@ -194,6 +194,7 @@ class LlamaRunner:
             n_vocab=tokenizer.n_tokens,
             n_ctx_train=int(lib.llama_model_n_ctx_train(model.handle)),
             n_ctx_slot=context.n_ctx_slot if context else embedding.n_max,
+            n_ctx_total=context.n_ctx if context else embedding.n_max,
             n_embd=int(lib.llama_model_n_embd(model.handle)),
             n_params=int(lib.llama_model_n_params(model.handle)),
             size_bytes=int(lib.llama_model_size(model.handle)),
