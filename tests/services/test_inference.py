@@ -188,6 +188,7 @@ async def test_a_start_while_the_server_stops_leaves_no_queued_item() -> None:
 async def test_the_files_of_a_model_are_looked_at_again_before_it_is_loaded_again() -> None:
     async with a_bench() as bench:
         await bench.start()
+        await bench.use("a")
         await bench.inference.stop("a")
         bench.here.is_gone = True
         with pytest.raises(NotFound):
