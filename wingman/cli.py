@@ -49,7 +49,8 @@ _UNUSED_WITH_VALUE: Final = frozenset(
     --n-cpu-ffn -ts --tensor-split -fit --fit -fitt --fit-target -fitc --fit-ctx
     --control-vector --control-vector-scaled --log-file --log-colors -lv --verbosity
     --log-verbosity --sampler-seq --sampling-seq
-    -ctxcp --ctx-checkpoints -cms  --cache-reuse -mm
+    -ctxcp --ctx-checkpoints -cms --cache-reuse -mm -td --threads-draft -tbd --threads-batch-draft -cd
+    --ctx-size-draft -devd --device-draft -ctkd --cache-type-k-draft -ctvd --cache-type-v-draft --draft-p-split
     --mmproj --tags --embd-normalize --path --api-prefix --tools -to --timeout --threads-http
     --reasoning-effort --reasoning-budget
     --models-dir -hf --hf-repo -hff --hf-file -mu --model-url --ssl-key-file

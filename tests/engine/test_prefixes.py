@@ -79,12 +79,6 @@ class Index(RuleBasedStateMachine):
         assert n_common == max(lengths, default=0)
         assert self.held[key] == prompt[:n_common] if covered else key == -1
 
-    @rule(tokens=SEQUENCES)
-    def asks_for_one_that_covers(self, tokens: Tokens) -> None:
-        covering = {key for key, held in self.held.items() if tokens and held[: len(tokens)] == tokens}
-        answer = self.index.covering(tokens)
-        assert answer in covering if covering else answer is None
-
     @invariant()
     def tree_is_compact(self) -> None:
         assert len(self.index) == len(self.held)

@@ -87,11 +87,6 @@ class PrefixIndex:
         keys = self.covered(prompt)
         return (self._entries[keys[-1]].n_tokens, keys[-1]) if keys else (0, -1)
 
-    def covering(self, tokens: Tokens) -> int | None:
-        """Key of the shortest entry that begins with all of `tokens`; None when none does, or for ()."""
-        n_common, key = self.longest(tokens)
-        return key if tokens and n_common == len(tokens) else None
-
     def covered(self, tokens: Tokens) -> list[int]:
         """Keys of the entries that are prefixes of `tokens`, or equal to it, shortest first."""
         return [
