@@ -390,3 +390,12 @@ def test_choices_keep_their_bounds(rates: list[list[float]], n_most: int, name: 
         hoped = len(chances) + sum(sum(each[:n]) for n, each in zip(lengths, chances, strict=True))
         plain_s = costs.seconds(len(chances))
         assert hoped / costs.seconds(len(chances) + sum(lengths)) > len(chances) / plain_s
+
+
+def test_a_small_step_is_believed_after_a_large_one() -> None:
+    """The first step of a request is its prompt, which says little about single tokens."""
+    costs = StepCosts()
+    costs.observe(152, 0.35)
+    for _ in range(12):
+        costs.observe(1, 0.007)
+    assert costs.seconds(1) == pytest.approx(0.007, rel=0.1)

@@ -32,6 +32,9 @@ EDGES: Final = (
 """Step sizes in tokens whose cost is remembered; between them it is a straight line."""
 _TICK_S: Final = 1e-6
 _SHAPE_RATE: Final = 0.1
+_FALL_RATE: Final = 0.2
+"""How far a cost moves towards what was seen, up and down: others can only make a step slower, so that a fast one
+tells the truth."""
 _LOAD_RATE: Final = 0.05
 _MAX_RATIO: Final = (3.0, 1.3)
 """A step is believed to take at most this many times what was expected, while its cost is new and once it has
@@ -70,11 +73,12 @@ class StepCosts:
         expected = self.seconds(n_tokens) or seconds
         n_seen = 1 if self._is_stale(index) else self._n_seen[index] + 1
         most = _MAX_RATIO[n_seen > _SETTLED]
-        ratio = max(1 / most, min(seconds / expected, most))
+        ratio = min(seconds / expected, most)
         if n_seen == 1:
             self._shape[index] = ratio * expected / self._load
         else:
-            self._shape[index] *= 1 + max(_SHAPE_RATE, 1 / n_seen) * (ratio - 1)
+            rate = _SHAPE_RATE if ratio > 1 else _FALL_RATE
+            self._shape[index] *= 1 + max(rate, 1 / n_seen) * (ratio - 1)
         if n_seen > _SETTLED:
             self._load *= 1 + _LOAD_RATE * (ratio - 1)
         self._n_steps += 1
