@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.support.runner import EOS, next_token, solo_output
-from tests.support.scheduler import Machine
+from tests.support.scheduler import GREEDY, Machine
 from wingman.engine.cache import CacheLimits, KvCache, Reuse
 from wingman.engine.runner import KvCopy, KvDrop, KvPark, KvRemove, KvRestore
-from wingman.engine.types import Started
+from wingman.engine.sequence import Sequence
+from wingman.engine.types import Job, Started
 
 A = tuple(range(100, 140))
 B = tuple(range(200, 240))
@@ -67,14 +70,34 @@ class TestChoose:
         assert chosen(cache, A, id_slot=2) is None
         assert chosen(cache, A) == [0]
 
-    def test_forks_get_empty_slots_first_or_wait(self) -> None:
+    def test_forks_get_slots_beside_each_other_or_wait(self) -> None:
         cache = make_cache()
         fill(cache, A, B)
-        assert chosen(cache, A, n_forks=1) == [0, 2]
-        assert chosen(cache, A, n_forks=2) == [0, 2, 1]
+        assert chosen(cache, A, n_forks=1) == [0, 1], "they are computed together"
+        assert chosen(cache, A, n_forks=2) == [0, 1, 2]
         assert chosen(cache, A, n_forks=3) is None
         cache.slots[1].is_reserved = True
         assert chosen(cache, A, n_forks=2) is None
+
+    @pytest.mark.parametrize("limits", [{"is_unified": True}, {"parked_bytes": 0}])
+    def test_forks_get_empty_slots_first_where_places_do_not_matter_or_cost_a_cache(
+        self, limits: Any
+    ) -> None:
+        cache = make_cache(**limits)
+        fill(cache, A, B)
+        assert chosen(cache, A, n_forks=1) == [0, 2]
+        assert chosen(cache, A, n_forks=2) == [0, 2, 1]
+
+    @pytest.mark.parametrize(
+        ("busy", "expected"),
+        [({2}, 3), ({0, 2}, 1), ({4, 5}, 3), ({1, 3, 4}, 2), ({0, 1, 4, 5}, 3), (set(), 5)],
+    )
+    def test_a_prompt_enters_beside_those_that_are_busy(self, busy: set[int], expected: int) -> None:
+        cache = make_cache(n_slots=6)
+        fill(cache, B, B, B, (), B, A)
+        for slot_id in busy:
+            cache.slots[slot_id].sequence = Sequence(Job(id=slot_id, prompt=A, sampling=GREEDY), 0.0)
+        assert chosen(cache, A) == [expected], "the place counts first, then the prefix, then who is empty"
 
 
 class TestReuse:

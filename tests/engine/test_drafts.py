@@ -39,14 +39,14 @@ def opening(drafting: Drafting, prompt: Sequence[int] = LOOP, job_id: int = 1, n
 
 
 def plan(drafts: Drafts, *openings: Opening, n_most: int = 100) -> list[list[int]]:
-    return drafts.plan(openings, len(openings), n_most)
+    return drafts.plan(openings, n_most)
 
 
 def with_costs(ask_model: Oracle | None, slope: float) -> Drafts:
     """Steps of n tokens take 1 + slope * (n - 1) seconds."""
     drafts = Drafts(ask_model)
     for n_tokens in (1, 2, 4, 8, 16, 32) * 3:
-        drafts.observe(n_tokens, 1 + slope * (n_tokens - 1))
+        drafts.observe([n_tokens], 1 + slope * (n_tokens - 1))
     return drafts
 
 

@@ -160,7 +160,7 @@ class Race:
             writer.speculation.chances(draft.n_match, len(draft.tokens))
             for writer, draft in zip(self.writers, drafts, strict=True)
         ]
-        return choose([Candidate(each) for each in chances], len(chances), 512, self.costs)
+        return choose([Candidate(each) for each in chances], 512, self.costs)
 
 
 def race(table: Table, texts: list[list[int]], sources: list[Source], **options: object) -> Race:
@@ -238,7 +238,7 @@ def test_one_writer_that_repeats_among_others() -> None:
 def test_costs_unknown_at_first() -> None:
     costs = StepCosts()
     assert costs.seconds(5) == 0.0
-    assert choose([Candidate([1.0, 1.0])], 1, 8, costs) == [0]
+    assert choose([Candidate([1.0, 1.0])], 8, costs) == [0]
 
 
 def test_costs_between_and_beyond() -> None:
@@ -274,7 +274,7 @@ def test_what_drafts_are_compared_with_is_seen_again() -> None:
     costs = learned(Q4_0)
     plain = 0
     for _ in range(1000):
-        length = choose([Candidate([1.0] * 7)], 1, 16, costs)[0]
+        length = choose([Candidate([1.0] * 7)], 16, costs)[0]
         costs.observe(1 + length, step_s(Q4_0, 1 + length))
         plain += not length
     assert 4 <= plain <= 6
@@ -331,7 +331,7 @@ def test_a_bad_draft_model_is_asked_ever_less() -> None:
     costs.observe_drafting(8, 0.008)
     asked = []
     for index in range(6000):
-        length = choose([Candidate(speculation.chances(0, 8))], 1, 64, costs)[0]
+        length = choose([Candidate(speculation.chances(0, 8))], 64, costs)[0]
         speculation.observe(Draft([1] * length, 0) if length else NO_DRAFT, [2])
         asked += [index] * bool(length)
     assert 4 <= len(asked) <= 20
@@ -343,7 +343,7 @@ def test_a_draft_model_that_recovers_is_used_again() -> None:
     n_drafted = 0
     for index in range(3000):
         right = 1 if index > 500 else 2
-        length = choose([Candidate(speculation.chances(0, 8))], 1, 64, costs)[0]
+        length = choose([Candidate(speculation.chances(0, 8))], 64, costs)[0]
         speculation.observe(Draft([1] * length, 0) if length else NO_DRAFT, [right] * (length + 1))
         n_drafted += length if index > 2000 else 0
     assert n_drafted > 4000
@@ -351,28 +351,28 @@ def test_a_draft_model_that_recovers_is_used_again() -> None:
 
 def test_slow_draft_models_are_not_used() -> None:
     costs = learned(Q4_0)
-    assert choose([Candidate([0.9] * 8)], 1, 8, costs) == [8]
+    assert choose([Candidate([0.9] * 8)], 8, costs) == [8]
     costs.observe_drafting(1, 0.5)
-    assert choose([Candidate([0.9] * 8)], 1, 8, costs) == [0]
+    assert choose([Candidate([0.9] * 8)], 8, costs) == [0]
 
 
 def test_one_token_is_a_bad_deal_and_seven_a_good_one() -> None:
     costs = learned(Q4_1)
-    assert choose([Candidate([0.99])], 1, 16, costs) == [0]
-    assert choose([Candidate([0.97**index for index in range(1, 8)])], 1, 16, costs) == [7]
+    assert choose([Candidate([0.99])], 16, costs) == [0]
+    assert choose([Candidate([0.97**index for index in range(1, 8)])], 16, costs) == [7]
 
 
 def test_forced_drafts_are_taken_whole() -> None:
     costs = learned(Q4_1)
     candidates = [Candidate([0.01, 0.0], is_forced=True), Candidate([]), Candidate([0.1])]
-    assert choose(candidates, 3, 16, costs) == [2, 0, 0]
-    assert choose(candidates, 3, 1, costs) == [1, 0, 0]
+    assert choose(candidates, 16, costs) == [2, 0, 0]
+    assert choose(candidates, 1, costs) == [1, 0, 0]
 
 
 def test_short_drafts_are_dropped() -> None:
     chances = [1.0] * 3 + [0.0] * 5
-    assert choose([Candidate(chances, n_min=3)], 1, 16, learned(GPU)) == [3]
-    assert choose([Candidate(chances, n_min=4)], 1, 16, learned(GPU)) == [0]
+    assert choose([Candidate(chances, n_min=3)], 16, learned(GPU)) == [3]
+    assert choose([Candidate(chances, n_min=4)], 16, learned(GPU)) == [0]
 
 
 @given(
@@ -383,7 +383,7 @@ def test_short_drafts_are_dropped() -> None:
 def test_choices_keep_their_bounds(rates: list[list[float]], n_most: int, name: str) -> None:
     chances = [list(np.cumprod(each)) for each in rates]
     costs = learned(TABLES[name])
-    lengths = choose([Candidate(each) for each in chances], len(chances), n_most, costs)
+    lengths = choose([Candidate(each) for each in chances], n_most, costs)
     assert all(0 <= length <= len(each) for length, each in zip(lengths, chances, strict=True))
     assert sum(lengths) <= n_most
     if any(lengths):

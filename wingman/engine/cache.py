@@ -93,32 +93,46 @@ class KvCache:
     # -- which slot -----------------------------------------------------------------------------
 
     def choose(self, prompt: Tokens[int], id_slot: int, n_forks: int = 0) -> list[Slot] | None:
-        """The slot for a prompt and, least recently used first, slots for its forks; None while they have
-        to wait.
+        """The slot for a prompt and slots for its forks; None while they have to wait.
 
-        The slot asked for; else the free one that holds the longest common prefix, if that is more than
-        the similarity share of the prompt (get_available_slot of llama-server) and nothing worth keeping
-        would be lost or no slot is empty; else the least recently used.
+        The slot asked for; else one beside those that are busy, since split streams are computed together
+        only where their numbers follow each other. Among equals the one that holds the longest common
+        prefix, if that is more than the similarity share of the prompt (get_available_slot of llama-server)
+        and nothing worth keeping would be lost or no slot is empty; else the least recently used.
         """
         free = [slot for slot in self.slots if slot.is_free]
-        free.sort(key=lambda slot: (bool(slot.tokens), slot.last_used))
-        first = self._first(free, prompt, id_slot)
-        if first is None or len(free) <= n_forks:
+        if len(free) <= n_forks or (id_slot >= 0 and not self.slots[id_slot].is_free):
             return None
-        return [first, *[slot for slot in free if slot is not first][:n_forks]]
+        chosen: list[Slot] = []
+        while len(chosen) <= n_forks:
+            near = self._nearest(free, chosen)
+            wanted = self._holder(near, prompt) if not chosen else None
+            if not chosen and id_slot >= 0:
+                wanted = self.slots[id_slot]
+            chosen.append(wanted or near[0])
+            free.remove(chosen[-1])
+        return chosen
 
-    def _first(self, free: list[Slot], prompt: Tokens[int], id_slot: int) -> Slot | None:
-        if id_slot >= 0:
-            return self.slots[id_slot] if self.slots[id_slot] in free else None
-        if not free:
+    def _nearest(self, free: list[Slot], chosen: list[Slot]) -> list[Slot]:
+        """The free slots with most neighbours that are busy or chosen, the least recently used first; all of
+        them where that makes no difference, or would cost a cache that can't be parked."""
+        ranked = sorted(free, key=lambda slot: (bool(slot.tokens), slot.last_used))
+        if self._limits.is_unified or not self._limits.parked_bytes:
+            return ranked
+        busy = {slot.id for slot in self.slots if slot.sequence is not None} | {slot.id for slot in chosen}
+        n_beside = {slot.id: (slot.id - 1 in busy) + (slot.id + 1 in busy) for slot in free}
+        most = max(n_beside.values())
+        return [slot for slot in ranked if n_beside[slot.id] == most]
+
+    def _holder(self, free: list[Slot], prompt: Tokens[int]) -> Slot | None:
+        """The slot that holds enough of a prompt to be preferred."""
+        if self._limits.similarity <= 0:
             return None
-        if self._limits.similarity > 0:
-            best = max(free, key=lambda slot: common_prefix(slot.tokens, prompt))
-            n_common = common_prefix(best.tokens, prompt)
-            is_mere_extension = len(best.tokens) - n_common < self._limits.min_shared
-            if n_common > self._limits.similarity * len(prompt) and (is_mere_extension or free[0].tokens):
-                return best
-        return free[0]
+        best = max(free, key=lambda slot: common_prefix(slot.tokens, prompt))
+        n_common = common_prefix(best.tokens, prompt)
+        is_mere_extension = len(best.tokens) - n_common < self._limits.min_shared
+        is_like_it = n_common > self._limits.similarity * len(prompt)
+        return best if is_like_it and (is_mere_extension or free[0].tokens) else None
 
     # -- what it need not compute -----------------------------------------------------------------
 

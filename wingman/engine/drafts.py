@@ -55,29 +55,32 @@ class _Guesser:
 
 
 class Drafts:
-    """Guesses for the sequences of one engine. `ask_model` drafts with a second model, if there is one."""
+    """Guesses for the sequences of one engine. `ask_model` drafts with a second model, if there is one;
+    `is_split`: each sequence has a stream of its own."""
 
-    def __init__(self, ask_model: AskModel | None = None) -> None:
+    def __init__(self, ask_model: AskModel | None = None, *, is_split: bool = False) -> None:
         self._ask_model = ask_model
+        self._is_split = is_split
         self._guessers: dict[int, _Guesser] = {}
         self._costs = StepCosts()
         self._asking_s = 0.0
 
-    def observe(self, n_tokens: int, seconds: float) -> float:
-        """A step of so many tokens took so long, guesses included; how long without them."""
+    def observe(self, pieces: Sequence[int], seconds: float) -> float:
+        """A step, computed in pieces of so many tokens, took so long, guesses included; how long without
+        them."""
         seconds = max(seconds - self._asking_s, 0.0)
         self._asking_s = 0.0
-        self._costs.observe(n_tokens, seconds)
+        self._costs.observe_pieces(pieces, seconds)
         return seconds
 
     def forget(self, job_id: int) -> None:
         """A job has ended; unknown ids are ignored."""
         self._guessers.pop(job_id, None)
 
-    def plan(self, openings: Sequence[Opening], n_tokens: int, n_most: int) -> list[list[int]]:
-        """Guesses for each opening, `n_most` at most in all, in a step that computes `n_tokens` anyway."""
+    def plan(self, openings: Sequence[Opening], n_most: int) -> list[list[int]]:
+        """Guesses for each opening, `n_most` at most in all; openings come in order of their slots."""
         candidates = [self._candidate(opening) for opening in openings]
-        lengths = choose(candidates, n_tokens, n_most, self._costs)
+        lengths = choose(candidates, n_most, self._costs, is_split=self._is_split)
         if self._ask_model is not None and any(lengths):
             self._ask(self._ask_model, openings, lengths)
         return [
@@ -87,13 +90,13 @@ class Drafts:
 
     def _candidate(self, opening: Opening) -> Candidate:
         """How likely guesses are; those by lookup are made now, a model is asked for those that are wanted."""
-        job = opening.sequence.job
+        job, slot_id = opening.sequence.job, opening.sequence.slot_id
         wish = job.drafting
         n_most = min(opening.n_most, wish.n_max)
         is_model = self._ask_model is not None and wish.kind is not DraftKind.LOOKUP
         is_off = wish.kind is DraftKind.NONE or (wish.kind is DraftKind.MODEL and not is_model)
         if is_off or n_most <= 0:
-            return Candidate(())
+            return Candidate((), slot_id=slot_id)
         guesser = self._guessers.get(job.id)
         if guesser is None:
             guesser = self._guessers[job.id] = _Guesser(job.prompt)
@@ -101,10 +104,10 @@ class Drafts:
         is_forced = wish.kind is not DraftKind.AUTO
         if is_model:
             guesser.draft = NO_DRAFT
-            return Candidate(guesser.record.chances(0, n_most), wish.n_min, is_forced)
+            return Candidate(guesser.record.chances(0, n_most), wish.n_min, is_forced, slot_id)
         guesser.draft = guesser.lookup.draft(n_most)
         chances = guesser.record.chances(guesser.draft.n_match, len(guesser.draft.tokens))
-        return Candidate(chances if guesser.draft.tokens else (), wish.n_min, is_forced)
+        return Candidate(chances if guesser.draft.tokens else (), wish.n_min, is_forced, slot_id)
 
     def _ask(self, ask_model: AskModel, openings: Sequence[Opening], lengths: Sequence[int]) -> None:
         """Let the model guess for those that get guesses of it."""

@@ -42,6 +42,7 @@ from wingman.engine.types import (
     TextDelta,
     TokenProb,
 )
+from wingman.engine.ubatches import even_pieces, full_pieces
 from wingman.engine.views import snapshot_of
 
 _ENDLESS = 1 << 40
@@ -61,7 +62,7 @@ class Scheduler:
         self._limits = limits
         self._vocabulary = vocabulary
         self._cache = KvCache(limits.cache, slot_bytes)
-        self._drafts = Drafts(ask_draft_model)
+        self._drafts = Drafts(ask_draft_model, is_split=not limits.is_unified)
         self.slot_jobs = SlotJobs(self._cache)
         self._queue: deque[Sequence] = deque()
         self._jobs: dict[int, Sequence] = {}
@@ -188,6 +189,7 @@ class Scheduler:
         samplers, forks = self._plan_prefill(chunks)
         if not chunks and not self._cache.has_ops:
             return None
+        chunks.sort(key=lambda chunk: chunk.slot_id)  # neighbours are computed together
         kv = self._cache.take_ops()
         self.stats.n_steps += 1
         self.stats.n_busy_slots_total += len(chunks)
@@ -268,7 +270,7 @@ class Scheduler:
             n_most = min(n_most, self._limits.n_ctx_total - self._cache.n_held - len(due))
         if is_filled or not due or n_most <= 0:
             return [[] for _ in due]
-        return self._drafts.plan(list(map(self._opening, due)), len(due), n_most)
+        return self._drafts.plan(list(map(self._opening, due)), n_most)
 
     def _opening(self, sequence: Sequence) -> Opening:
         held = self._cache.slots[sequence.slot_id].tokens
@@ -354,7 +356,7 @@ class Scheduler:
     def apply(self, batch: Batch, samples: Samples, now: float) -> None:
         """Account for a computed batch. Chunks of jobs cancelled meanwhile are passed over."""
         elapsed = now - batch.planned_at
-        self._pace.observe(batch.n_tokens, self._drafts.observe(batch.n_tokens, elapsed))
+        self._pace.observe(batch.n_tokens, self._drafts.observe(self._pieces(batch), elapsed))
         self.stats.sample_seconds += samples.sample_s
         for chunk in batch.chunks:
             sequence = self._jobs.get(chunk.job_id)
@@ -375,6 +377,13 @@ class Scheduler:
                 self._begin(sequence, samples, now)
         for slot in self._cache.slots:
             self.stats.n_tokens_max = max(self.stats.n_tokens_max, len(slot.tokens))
+
+    def _pieces(self, batch: Batch) -> tuple[int, ...]:
+        """Tokens of each piece in which the batch was computed."""
+        if self._limits.is_unified:
+            return full_pieces(batch.n_tokens, self._limits.n_ubatch)
+        lengths = ((chunk.slot_id, len(chunk.tokens)) for chunk in batch.chunks)
+        return even_pieces(lengths, self._limits.n_ubatch)
 
     def _begin(self, sequence: Sequence, samples: Samples, now: float) -> None:
         """The prompt is evaluated: take the first token, unless none is wanted."""

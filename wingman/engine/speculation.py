@@ -4,8 +4,9 @@ A step over n tokens takes t(n), which is learned from the steps that happen. A 
 chance that it and all before it are accepted, which each sequence learns by comparing what was drafted
 with what was sampled: also where nothing was sent to the model, so text that lookup can't predict costs
 nothing to recognise. `choose` then spends draft tokens where they are worth most, as many as maximise
-(tokens expected) / t(tokens computed). Tokens are accepted only when the sequence's own sampler draws
-them, so the text is the same with and without drafts (Leviathan et al. 2023, with certain proposals).
+(tokens expected) / (seconds of the step): the sum of t over the pieces that the library cuts it into. Tokens are
+accepted only when the sequence's own sampler draws them, so the text is the same with and without drafts
+(Leviathan et al. 2023, with certain proposals).
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from wingman.engine.drafting import MAX_MATCH, Draft
+from wingman.engine.ubatches import even_pieces
 
 MARGIN: Final = 0.1
 """Least expected gain that is worth the trouble; hopes are a little too high where they are highest."""
+_LENGTHS: Final = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Lengths of drafts that are weighed where all drafts of a step have the same."""
 _LEAST_CHANCE: Final = 0.04
 """Below this a draft token is not even considered."""
 EDGES: Final = (
@@ -84,6 +88,13 @@ class StepCosts:
         self._n_steps += 1
         self._n_seen[index], self._seen_at[index] = n_seen, self._n_steps
         self._curve = None
+
+    def observe_pieces(self, pieces: Sequence[int], seconds: float) -> None:
+        """A step that was cut into pieces of so many tokens took this long."""
+        expected = [self.seconds(n_tokens) or n_tokens * _TICK_S for n_tokens in pieces]
+        share = seconds / sum(expected) if expected else 0.0
+        for n_tokens, each in zip(pieces, expected, strict=True):
+            self.observe(n_tokens, each * share)
 
     def observe_drafting(self, n_rounds: int, seconds: float) -> None:
         """A draft model took this long for drafts of up to `n_rounds` tokens."""
@@ -188,27 +199,32 @@ class SequenceSpeculation:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A draft that a step may take: `chances` as of SequenceSpeculation, at least `n_min` tokens or none.
-    A forced one is taken whole."""
+    """A sequence that generates and its draft: `chances` as of SequenceSpeculation, none without a draft; at
+    least `n_min` tokens of it are taken or none. A forced one is taken whole."""
 
     chances: Sequence[float]
     n_min: int = 0
     is_forced: bool = False
+    slot_id: int = 0
 
 
-def choose(candidates: Sequence[Candidate], n_tokens: int, n_most: int, costs: StepCosts) -> list[int]:
-    """How many draft tokens to take of each candidate, `n_most` at most in all, in a step that computes
-    `n_tokens` anyway. Each sequence that generates is a candidate, one without a draft has no chances."""
+def choose(
+    candidates: Sequence[Candidate], n_most: int, costs: StepCosts, *, is_split: bool = False
+) -> list[int]:
+    """How many draft tokens to take of each candidate, `n_most` at most in all. Candidates come in order of
+    their slots; `is_split`: each slot has a stream of its own."""
     taken = [len(each.chances) if each.is_forced else 0 for each in candidates]
     n_forced = sum(taken)
     if n_forced > n_most:  # each forced one gets the same
         n_each = n_most // sum(each.is_forced for each in candidates)
         taken = [min(n, n_each) for n in taken]
-        return [n if n >= each.n_min else 0 for n, each in zip(taken, candidates, strict=True)]
-    value = len(candidates) + sum(sum(each.chances) for each in candidates if each.is_forced)
-    offers = _offers(candidates)[: n_most - n_forced]
-    for _, index in offers[: _best_count(offers, value, n_tokens + n_forced, costs)]:
-        taken[index] += 1
+    elif is_split and len(candidates) > 1:
+        taken = taken if n_forced else _choose_even(candidates, n_most, costs)
+    else:
+        value = len(candidates) + sum(sum(each.chances) for each in candidates if each.is_forced)
+        offers = _offers(candidates)[: n_most - n_forced]
+        for _, index in offers[: _best_count(offers, value, len(candidates) + n_forced, costs)]:
+            taken[index] += 1
     return [n if n >= each.n_min else 0 for n, each in zip(taken, candidates, strict=True)]
 
 
@@ -251,3 +267,38 @@ def _rounds(offers: Sequence[tuple[float, int]]) -> list[int]:
         longest = max(longest, lengths[index])
         found.append(longest)
     return found
+
+
+def _choose_even(candidates: Sequence[Candidate], n_most: int, costs: StepCosts) -> list[int]:
+    """Drafts of one length for those candidates for whom that is worth most: pieces hold equally many tokens of
+    each sequence."""
+    slots = [each.slot_id for each in candidates]
+    best = [0] * len(candidates)
+    if not any(each.chances for each in candidates) or costs.is_dated(len(candidates)):
+        return best
+    best_rate = (1 + MARGIN) * len(candidates) / _even_s(slots, best, costs)
+    for length in _LENGTHS:
+        value, lengths = float(len(candidates)), [0] * len(candidates)
+        for gain, index in _gains(candidates, length)[: n_most // length]:
+            value += gain
+            lengths[index] = length
+            rate = value / (_even_s(slots, lengths, costs) + length * costs.draft_round_s)
+            if rate > best_rate:
+                best, best_rate = list(lengths), rate
+    return best
+
+
+def _gains(candidates: Sequence[Candidate], length: int) -> list[tuple[float, int]]:
+    """Tokens expected of drafts of this length, with the index of the candidate, best first."""
+    gains = [
+        (sum(each.chances[:length]), index)
+        for index, each in enumerate(candidates)
+        if len(each.chances) >= length >= each.n_min and each.chances[length - 1] > _LEAST_CHANCE
+    ]
+    return sorted(gains, reverse=True)
+
+
+def _even_s(slots: Sequence[int], lengths: Sequence[int], costs: StepCosts) -> float:
+    """Seconds of a step with a token and so many guesses for each of the slots."""
+    steps = ((slot, 1 + length) for slot, length in zip(slots, lengths, strict=True))
+    return sum(costs.seconds(piece) for piece in even_pieces(steps, EDGES[-1]))
