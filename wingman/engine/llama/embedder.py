@@ -4,7 +4,8 @@ Made when the first input arrives, on the engine thread. Each input is a sequenc
 
 Encoders pool in the library, which sees only what is computed together, so an input is one piece.
 Models that generate would keep room for the logits of every token of a piece (800 MB for 4 096
-tokens of a small vocabulary); for them the pieces are short and the pooling is done here.
+tokens of a small vocabulary); for them the pieces are short, the pooling is done here, and the output
+layer, up to a third of a small model's work, is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,23 @@ def _model_pooling(model: LlamaModel) -> PoolingType:
     return PoolingType.MEAN
 
 
+_HIDDEN: Final = frozenset({b"result_norm", b"result_embd_pooled"})
+"""What the graphs of llama.cpp call the normalised states under the output layer (build_pooling)."""
+_name_of: Final = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_get_name", lib._lib))
+
+
+class _HeadStop:
+    """Ends the computation of a graph under its output layer. C holds a pointer to `callback`."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.callback = lib.ggml_backend_sched_eval_callback(self._goes_on)
+
+    def _goes_on(self, tensor: int, is_question: bool, _: object) -> bool:
+        """Asked before: whether to stop after this tensor; told after: whether to compute the rest."""
+        return is_question and self.is_on and _name_of(tensor) in _HIDDEN
+
+
 class Embedder:
     """The embedding context of a model."""
 
@@ -76,18 +94,37 @@ class Embedder:
         base.kv_unified = True
         base.embeddings = True
         base.pooling_type = info.pooling.value if self._pools_there else PoolingType.NONE.value
+        self._head_stop = _HeadStop()
+        if self._is_cut:
+            base.cb_eval = self._head_stop.callback
         self._handle: Any = lib.llama_init_from_model(model.handle, base)
         if not self._handle:
             raise RunnerFailure(f"no memory for embeddings: {binding.take_errors()}")
         self._memory: Any = lib.llama_get_memory(self._handle)
         self._batch = TokenBatch(self._n_piece)
+        if self._is_cut:
+            self._head_stop.is_on = self._is_same_without_head()
+
+    def _is_same_without_head(self) -> bool:
+        """Whether this model's vectors are what `_HeadStop` stops at. Tried without the rest first: afterwards
+        the right vectors might still lie where they are read."""
+        found = []
+        for is_on in (True, False):
+            self._head_stop.is_on = is_on
+            self._decode([Part(0, 0, (0, 1))])
+            found.append(self._output_rows(2).copy())
+            self._forget()
+        return bool(np.array_equal(found[0], found[1]) and found[0].any())
+
+    def _forget(self) -> None:
+        if self._memory:
+            lib.llama_memory_clear(self._memory, False)
 
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit the context together, as float32 bytes; one vector per token when
         nothing is pooled. Computed in pieces of at most `n_piece` tokens if the pooling is done here, []
         after each but the last. Raises RunnerFailure."""
-        if self._memory:
-            lib.llama_memory_clear(self._memory, False)
+        self._forget()
         rows: list[list[Matrix]] = [[] for _ in inputs]
         n_left = sum(map(len, inputs))
         for piece in _pieces(inputs, min(n_piece, self._n_piece) if self._is_cut else self._n_piece):
