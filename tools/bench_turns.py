@@ -54,6 +54,7 @@ _SHORT_TOKENS: Final = 8
 _EMBEDDED_INPUTS: Final = 32
 _EMBEDDED_WORDS: Final = 48
 _HEALTH_POLL_S: Final = 0.005
+_SETTLE_S: Final = 0.5
 _DECODED_PROMPT: Final = 64
 _WORDS_BYTES: Final = 2000
 
@@ -264,11 +265,12 @@ def _embed(server: RunningServer, inputs: Sequence[str], settings: Settings) -> 
 
 
 def take_start(turn: Turn) -> Outcome:
-    """A start: from the birth of the process until it says that it is ready."""
+    """A start: from the birth of the process until it says that it is ready; its memory once it has settled."""
     started = time.perf_counter()
     with launched(turn.contender, turn.settings) as server:
         server.wait_ready(turn.settings.start_timeout_s, _HEALTH_POLL_S)
         ready_ms = (time.perf_counter() - started) * 1e3
+        time.sleep(_SETTLE_S)
         return Outcome({"ready_ms": ready_ms, "rss_mib": server.rss_mib()})
 
 

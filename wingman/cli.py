@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import gc
 import os
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -34,10 +32,9 @@ _TITLES: Final = {
     "server": "server",
     "control": "control API, downloads, several models",
 }
-_SWITCH_INTERVAL_S: Final = 0.0005
-"""How long a thread may keep the interpreter from another. A step takes it back some twenty times, once after
-each native call: beside a thread that renders or compiles, steps took 88 ms longer at Python's 5 ms, 11 ms
-at this, and the loop woke up to 11 ms late (p99) instead of 4. An idle machine shows no difference."""
+_START_SWITCH_INTERVAL_S: Final = 0.00002
+"""The library asks for the interpreter more than two thousand times while a model loads, to log and to tell how far
+it is. Beside threads that import modules each waits as long as this: a load took 240 ms longer at 0.5 ms."""
 _TRUE: Final = frozenset({"1", "true", "on", "yes", "enabled"})
 _FALSE: Final = frozenset({"0", "false", "off", "no", "disabled"})
 
@@ -108,7 +105,7 @@ def _serve_with(config: Config, query: Mapping[str, str]) -> int:
 def _serve(config: Config, ignored: list[str], start: Mapping[str, str] | None = None) -> int:
     level = "debug" if config.server.verbose else config.server.log_level
     listener = configure_logging(level, config.server.log_format, *_log_file(config))
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)  # here only: in other programs it is theirs to choose
+    sys.setswitchinterval(_START_SWITCH_INTERVAL_S)  # here only: in other programs it is theirs to choose
     gc.disable()  # until all is loaded: nearly all of it stays
     preload: Preload | None = None
     try:
@@ -170,6 +167,8 @@ class _Parser(argparse.ArgumentParser):
         """End with status 2 and a message."""
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized arguments: ") and unknown.startswith("-"):
+            import difflib
+
             nearest = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
             message = f"{unknown} is unknown" + (f"; did you mean {nearest[0]}?" if nearest else "")
         self.exit(2, f"wingman: {message}\n")
@@ -350,6 +349,8 @@ def _parse_one(text: str, option: Option, name: str) -> Any:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    import tomllib  # most have no such file
+
     try:
         return tomllib.loads(path.expanduser().read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -358,6 +359,8 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _refuse_leftovers(table: Mapping[str, Any], known: list[str], where: str) -> None:
     for name in table:
+        import difflib
+
         nearest = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise ConfigurationError(f"{name!r} is unknown in {where}{hint}")

@@ -19,7 +19,7 @@ from tools.tinycaches import N_WINDOW, write_hybrid, write_recurrent, write_wind
 from tools.tinymodel import write_llama
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.client import _limits
-from wingman.engine.llama import LlamaRunner
+from wingman.engine.llama.runner import LlamaRunner
 from wingman.engine.scheduler import Scheduler
 from wingman.engine.types import Failed, Finished, Job, JobEvent
 

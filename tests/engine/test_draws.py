@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
-from wingman.engine.llama import LlamaRunner
+from wingman.engine.llama.runner import LlamaRunner
 from wingman.engine.llama.sampler import Sampler, draw_all
 from wingman.engine.runner import Batch, Chunk, KvRemove, SamplerStart
 from wingman.engine.types import Constraint

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from wingman.chat.grammar import check_grammar
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
-from wingman.engine.llama import LlamaRunner
 from wingman.engine.llama import parts as parts_module
 from wingman.engine.llama.binding import lib
+from wingman.engine.llama.runner import LlamaRunner
 from wingman.engine.runner import Batch, Chunk, Fork, KvRemove, SamplerStart
 from wingman.engine.types import Constraint, TokenProb
 from wingman.errors import InvalidRequest

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
-from wingman.engine.llama import LlamaRunner
+from wingman.engine.llama.runner import LlamaRunner
 from wingman.engine.runner import Batch, Chunk, KvRemove, SamplerStart
 from wingman.errors import InvalidRequest
 from wingman.services.slotfiles import SavedSlot, fingerprint, pack, unpack

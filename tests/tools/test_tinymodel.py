@@ -17,8 +17,9 @@ from tools import tinymodel
 from tools.tinymodel import BERT_N_CTX, write_bert, write_llama, write_lora
 from tools.tinyparts import CHAT_TEMPLATE, N_EMBD
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
-from wingman.engine.llama import LlamaRunner, binding
+from wingman.engine.llama import binding
 from wingman.engine.llama.binding import lib
+from wingman.engine.llama.runner import LlamaRunner
 from wingman.engine.runner import Batch, Chunk, SamplerStart
 
 N_GENERATED = 48

@@ -356,7 +356,7 @@ def _mark_seen(work: asyncio.Future[Any]) -> None:
 
 
 def _make_llama_runner(model: ModelConfig, context: ContextConfig, on_progress: OnProgress) -> Runner:
-    from wingman.engine.llama import LlamaRunner
+    from wingman.engine.llama.runner import LlamaRunner
 
     return LlamaRunner(model, context, on_progress)
 

@@ -1,8 +1,8 @@
 """A model that loads while the server's own modules still do.
 
 The library reads weights and clears caches without the interpreter's lock, so `wingman serve --model` has that
-begin on a thread and imports the rest meanwhile. The first engine that asks for the same runner takes it, with
-what made it fail; any other load is not touched. Made and closed by the command line.
+begin on a thread as soon as it can, and imports the rest meanwhile. The first engine that asks for the same runner
+takes it, with what made it fail; any other load is not touched. Made and closed by the command line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from wingman.engine.runner import OnProgress, Runner
     from wingman.services.gguf import GgufHeader
 
+_QUICK_BYTES: Final = 1 << 30
+"""Smaller files are not followed: a load that tells how far it is waits each time for the interpreter, which is busy
+importing, and took twice as long."""
 _END_GRACE_S: Final = 5.0
 """How long a load that nobody wants gets to end."""
 
@@ -33,18 +36,25 @@ class Preload:
         self._model, self._context = model, context
         self._path = model.model.expanduser()
         self._header = read_model(self._path)  # the library sees no file that this refuses
-        from wingman.engine.llama import LlamaRunner
+        from wingman.engine.llama.weights import load_weights
 
-        self._make = LlamaRunner
+        self._load_weights = load_weights
         self._runner: Future[Runner] | None = Future()
         """None once it was taken: its taker closes it."""
         self._on_progress: OnProgress = lambda _: True
         self._thread = threading.Thread(target=self._load, args=(self._runner,), name="preload", daemon=True)
         self._thread.start()
+        from wingman.engine.llama.runner import LlamaRunner  # with numpy, while the weights load
+
+        self._make = LlamaRunner
 
     def _load(self, runner: Future[Runner]) -> None:
         try:
-            runner.set_result(self._make(self._model, self._context, self._note_progress))
+            is_long = self._path.stat().st_size > _QUICK_BYTES
+            weights = self._load_weights(self._model, self._note_progress if is_long else None)
+            from wingman.engine.llama.runner import LlamaRunner
+
+            runner.set_result(LlamaRunner(self._model, self._context, weights=weights))
         except BaseException as error:  # noqa: BLE001 - it is raised where the runner is asked for
             runner.set_exception(error)
 

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from wingman.errors import ModelLoadFailure
@@ -47,6 +48,7 @@ __all__ = [
     "check_signatures",
     "initialize",
     "lib",
+    "quietly",
     "system_info",
     "take_errors",
     "version",
@@ -121,6 +123,8 @@ def _on_log(level: int, text: bytes, _: Any) -> None:
 
 
 _log_callback = lib.llama_log_callback(_on_log)
+_deaf_callback = ctypes.cast(ctypes.CDLL(None).labs, lib.llama_log_callback)
+"""A C function that does nothing with what it is told."""
 _initialized = False
 
 
@@ -132,6 +136,19 @@ def initialize() -> None:
         lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
         lib.llama_backend_init()
         _initialized = True
+
+
+def quietly(make: Callable[[], Any]) -> Any:
+    """What `make` gives, its log lines unheard: more than a thousand, each of which would wait for the interpreter
+    while other threads use it. What gives nothing is tried again and listened to."""
+    made = None
+    if not log.isEnabledFor(logging.DEBUG):
+        lib.llama_log_set(_deaf_callback, ctypes.c_void_p(0))
+        try:
+            made = make()
+        finally:
+            lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
+    return made or make()
 
 
 def take_errors() -> str:

@@ -17,6 +17,7 @@ from wingman.engine.llama import binding
 from wingman.engine.llama.batch import TokenBatch
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.model import LlamaModel
+from wingman.engine.llama.pages import anonymous_ranges, large_allocations, release_zeros
 from wingman.engine.runner import (
     Batch,
     Chunk,
@@ -60,10 +61,13 @@ class LlamaContext:
 
     def __init__(self, model: LlamaModel, config: ContextConfig) -> None:
         """Allocate cache and compute buffers. Raises ModelLoadFailure when they don't fit."""
-        self.handle: Any = lib.llama_init_from_model(model.handle, context_params(model, config))
+        params = context_params(model, config)
+        mapped = anonymous_ranges()
+        self.handle: Any = binding.quietly(lambda: lib.llama_init_from_model(model.handle, params))
         if not self.handle:
             reason = binding.take_errors() or "out of memory?"
             raise ModelLoadFailure(f"can't make a context of {config.ctx_size} tokens: {reason}")
+        self._allocations = large_allocations(mapped)
         self.memory: Any = lib.llama_get_memory(self.handle)
         if not self.memory:
             self.close()
@@ -74,6 +78,7 @@ class LlamaContext:
         self.n_ctx_slot = min(int(lib.llama_n_ctx_seq(self.handle)), self.n_ctx)
         self._has_cells = not lib.llama_model_is_recurrent(model.handle)
         self._batch = TokenBatch(self.n_batch)
+        self._n_threads = params.n_threads, params.n_threads_batch
         self._lora: tuple[float, ...] = ()
         self._is_unified = config.kv_unified
         self._parked: dict[int, SlotState] = {}
@@ -193,14 +198,21 @@ class LlamaContext:
         return last == n_tokens - 1 and (first >= 0 or not n_tokens)
 
     def warm_up(self, model: LlamaModel) -> None:
-        """Touch all weights once and empty the cache again (common_init_from_params)."""
+        """Touch all weights once and empty the cache again (common_init_from_params), on one thread: others
+        are busy starting too."""
+        self.set_threads(1)
         self._batch.clear()
         self._batch.add((max(0, int(lib.llama_vocab_bos(model.vocab))),), 0, 0, wants_output=True)
         lib.llama_set_warmup(self.handle, True)
         lib.llama_decode(self.handle, self._batch.native())
-        lib.llama_memory_clear(self.memory, True)
+        lib.llama_memory_clear(self.memory, not self._has_cells)
         lib.llama_synchronize(self.handle)
         lib.llama_set_warmup(self.handle, False)
+        lib.llama_set_n_threads(self.handle, *self._n_threads)
+
+    def trim(self) -> None:
+        """Give back memory that a new cache does not need yet."""
+        release_zeros(self._allocations)
 
     def set_threads(self, n_threads: int) -> None:
         """Compute the next steps with so many threads, whatever their size."""

@@ -97,7 +97,7 @@ class Embedder:
         self._head_stop = _HeadStop()
         if self._is_cut:
             base.cb_eval = self._head_stop.callback
-        self._handle: Any = lib.llama_init_from_model(model.handle, base)
+        self._handle: Any = binding.quietly(lambda: lib.llama_init_from_model(model.handle, base))
         if not self._handle:
             raise RunnerFailure(f"no memory for embeddings: {binding.take_errors()}")
         self._memory: Any = lib.llama_get_memory(self._handle)

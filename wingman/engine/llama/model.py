@@ -1,4 +1,4 @@
-"""Weights and vocabulary of one GGUF model.
+"""One GGUF model: its vocabulary, its adapters and what its header says.
 
 Loaded and freed on the engine thread. The vocabulary functions read immutable data, so
 `LlamaTokenizer` may be used from any thread until the model is freed; its owner sees to that.
@@ -8,34 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 from collections.abc import Sequence
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Any, Final
 
 from wingman.config import ModelConfig
 from wingman.engine.llama import binding
 from wingman.engine.llama.binding import lib
+from wingman.engine.llama.weights import Weights, load_weights
 from wingman.engine.runner import OnProgress
 from wingman.engine.types import FimTokens, LoraInfo
 from wingman.errors import ModelLoadFailure
-from wingman.options import KvOverride
-
-_SPLIT_NAME: Final = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
-_SPLIT_MODES: Final = {"none": 0, "layer": 1, "row": 2}
-_LOAD_MODES: Final = {  # (mmap, mlock)
-    (False, False): lib.LLAMA_LOAD_MODE_NONE,
-    (True, False): lib.LLAMA_LOAD_MODE_MMAP,
-    (False, True): lib.LLAMA_LOAD_MODE_MLOCK,
-    (True, True): lib.LLAMA_LOAD_MODE_MMAP_MLOCK,
-}
-_OVERRIDE_TAGS: Final = {  # Python type -> (llama_model_kv_override_type, member of its union)
-    int: (0, "val_i64"),
-    float: (1, "val_f64"),
-    bool: (2, "val_bool"),
-    str: (3, "val_str"),
-}
-_ALL_LAYERS: Final = 0x7FFFFFFF
 
 
 def _short(name: str, result: Any) -> Any:
@@ -49,64 +33,18 @@ _is_eog: Final = _short("llama_vocab_is_eog", ctypes.c_bool)
 _text_of: Final = _short("llama_vocab_get_text", ctypes.c_char_p)
 
 
-def first_split(path: Path) -> Path:
-    """The first part of a split model, given any part; other paths unchanged (llama_split_path)."""
-    match = _SPLIT_NAME.search(path.name)
-    if match is None:
-        return path
-    return path.with_name(path.name[: match.start()] + f"-00001-of-{match.group(1)}.gguf")
-
-
-class _Watch:
-    """Tells how far a load is. C holds a pointer to `callback` while it loads, so its owner keeps this."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self.gave_up = False
-        self._on_progress = on_progress
-        self._percent = -1
-        self.callback = lib.llama_progress_callback(self._note)
-
-    def _note(self, fraction: float, _: object) -> bool:
-        percent = int(fraction * 100)
-        if percent != self._percent and self._on_progress is not None:
-            self._percent = percent
-            self.gave_up = self.gave_up or not self._on_progress(min(1.0, fraction))
-        return not self.gave_up
-
-
 class LlamaModel:
     """A loaded model."""
 
-    def __init__(self, config: ModelConfig, on_progress: OnProgress | None = None) -> None:
-        """Load the weights. Raises ModelLoadFailure with what the library said, or when `on_progress` said
-        to give up."""
-        assert config.model is not None
-        binding.initialize()
-        self.path = first_split(config.model.expanduser())
-        if not self.path.is_file():
-            raise ModelLoadFailure(f"{self.path} is not a file")
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = _ALL_LAYERS if config.n_gpu_layers < 0 else config.n_gpu_layers
-        params.main_gpu = config.main_gpu
-        params.split_mode = _SPLIT_MODES[config.split_mode]
-        params.load_mode = _LOAD_MODES[config.mmap, config.mlock]
-        overrides = _overrides(config.override_kv)  # read during the load only
-        if config.override_kv:
-            params.kv_overrides = overrides
-        watch = _Watch(on_progress)
-        if on_progress is not None:
-            params.progress_callback = watch.callback
-        binding.take_errors()
-        handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
-        if watch.gave_up:
-            if handle:
-                lib.llama_model_free(handle)
-            raise ModelLoadFailure("the load was cancelled")
-        if not handle:
-            reason = binding.take_errors() or "the library gave no reason"
-            raise ModelLoadFailure(f"can't load {self.path}: {reason}")
-        self.handle: Any = handle
-        self.vocab: Any = lib.llama_model_get_vocab(handle)
+    def __init__(
+        self, config: ModelConfig, on_progress: OnProgress | None = None, weights: Weights | None = None
+    ) -> None:
+        """Load the weights, unless they are loaded already, and the adapters. Raises ModelLoadFailure with what
+        the library said, or when `on_progress` said to give up."""
+        weights = weights or load_weights(config, on_progress)
+        self.path = weights.path
+        self.handle: Any = weights.handle
+        self.vocab: Any = lib.llama_model_get_vocab(self.handle)
         self.tokenizer = LlamaTokenizer(self.vocab)
         self.adapters: list[Any] = []
         """Handles of the LoRA adapters; they live as long as the model."""
@@ -194,17 +132,6 @@ def _scaled(config: ModelConfig) -> list[tuple[Path, float]]:
     return [(path, 0.0 if config.lora_init_without_apply else scale) for path, scale in pairs]
 
 
-def _overrides(pairs: tuple[KvOverride, ...]) -> Any:
-    """A native array of metadata overrides, ended by an empty key."""
-    array = (lib.llama_model_kv_override * (len(pairs) + 1))()
-    for native, pair in zip(array, pairs, strict=False):
-        tag, field = _OVERRIDE_TAGS[type(pair.value)]
-        native.tag = tag
-        native.key = pair.key.encode()
-        setattr(native.value, field, pair.value.encode() if isinstance(pair.value, str) else pair.value)
-    return array
-
-
 def _adapter_metadata(handle: Any) -> dict[str, str]:
     pairs = {}
     buffer = ctypes.create_string_buffer(512)
@@ -223,13 +150,15 @@ class LlamaTokenizer:
         self._vocab = vocab
         self.n_tokens = int(lib.llama_vocab_n_tokens(vocab))
         self._pieces: list[bytes | None] = [None] * self.n_tokens
-        self._eog = frozenset(t for t in range(self.n_tokens) if _is_eog(vocab, t))
+        self._eog = frozenset(
+            compress(range(self.n_tokens), map(_is_eog, repeat(vocab), range(self.n_tokens)))
+        )
 
     @property
     def max_piece_bytes(self) -> int:
         """No token stands for more: its text in the vocabulary has each byte in one character at least."""
-        lengths = (len(_text_of(self._vocab, token) or b"") for token in range(self.n_tokens))
-        return max(lengths, default=0) or 1
+        texts = map(_text_of, repeat(self._vocab), range(self.n_tokens))
+        return max(map(len, filter(None, texts)), default=1)
 
     @property
     def eog_tokens(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from wingman.engine.llama.embedder import Embedder, describe_embedding
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.parts import LlamaParts
 from wingman.engine.llama.sampler import Draw, Sampler
+from wingman.engine.llama.weights import Weights
 from wingman.engine.runner import Batch, OnProgress, RunnerFailure, SamplerStart, Samples, Tokenizer
 from wingman.engine.types import ModelInfo
 
@@ -25,11 +26,15 @@ class LlamaRunner:
     generation."""
 
     def __init__(
-        self, model: ModelConfig, context: ContextConfig, on_progress: OnProgress | None = None
+        self,
+        model: ModelConfig,
+        context: ContextConfig,
+        on_progress: OnProgress | None = None,
+        weights: Weights | None = None,
     ) -> None:
-        """Load the model. Raises ModelLoadFailure."""
+        """Load the model, or take over its weights. Raises ModelLoadFailure."""
         self._context_config = context
-        self._model = LlamaModel(model, on_progress)
+        self._model = LlamaModel(model, on_progress, weights)
         self._context: LlamaContext | None = None
         self._embedder: Embedder | None = None
         self._draft: DraftModel | None = None
@@ -154,11 +159,17 @@ class LlamaRunner:
             if context is not None:
                 context.set_threads(n_threads)
 
+    def trim(self) -> None:
+        """Give back memory that nothing has used yet."""
+        if self._context is not None:
+            self._context.trim()
+
     def reset(self) -> None:
         """Make a fresh context; the weights stay."""
         self._close_samplers()
         self._generating().close()
         self._context = LlamaContext(self._model, self._context_config)
+        self._context.trim()
 
     def close(self) -> None:
         """Free samplers, contexts and weights, in this order."""
