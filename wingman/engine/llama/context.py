@@ -200,7 +200,8 @@ class LlamaContext:
     def warm_up(self, model: LlamaModel) -> None:
         """Touch all weights once and empty the cache again (common_init_from_params), on one thread: others
         are busy starting too."""
-        self.set_threads(1)
+        n_threads = self._n_threads
+        self._use_threads((1, 1))
         self._batch.clear()
         self._batch.add((max(0, int(lib.llama_vocab_bos(model.vocab))),), 0, 0, wants_output=True)
         lib.llama_set_warmup(self.handle, True)
@@ -208,7 +209,7 @@ class LlamaContext:
         lib.llama_memory_clear(self.memory, not self._has_cells)
         lib.llama_synchronize(self.handle)
         lib.llama_set_warmup(self.handle, False)
-        lib.llama_set_n_threads(self.handle, *self._n_threads)
+        self._use_threads(n_threads)
 
     def trim(self) -> None:
         """Give back memory that a new cache does not need yet."""
@@ -216,7 +217,12 @@ class LlamaContext:
 
     def set_threads(self, n_threads: int) -> None:
         """Compute the next steps with so many threads, whatever their size."""
-        lib.llama_set_n_threads(self.handle, n_threads, n_threads)
+        self._use_threads((n_threads, n_threads))
+
+    def _use_threads(self, n_threads: tuple[int, int]) -> None:
+        if n_threads != self._n_threads:
+            self._n_threads = n_threads
+            lib.llama_set_n_threads(self.handle, *n_threads)
 
     def close(self) -> None:
         """Free cache and buffers."""
