@@ -7,7 +7,7 @@ GPU, where a token more costs next to nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from wingman.engine.drafting import NO_DRAFT, Draft, NgramDrafter
 from wingman.engine.speculation import Candidate, SequenceSpeculation, StepCosts, choose
+from wingman.engine.ubatches import even_pieces
 
 Table = Mapping[int, float]
 
@@ -399,3 +400,70 @@ def test_a_small_step_is_believed_after_a_large_one() -> None:
     for _ in range(12):
         costs.observe(1, 0.007)
     assert costs.seconds(1) == pytest.approx(0.007, rel=0.1)
+
+
+# -- a stream for each slot -----------------------------------------------------------------------
+
+
+def in_slots(*slots: int, sure: Collection[int], n_tokens: int = 16) -> list[Candidate]:
+    """Candidates of which some are nearly sure of their drafts, the others have none."""
+    return [
+        Candidate([0.99**n for n in range(1, n_tokens + 1)] if slot in sure else (), slot_id=slot)
+        for slot in slots
+    ]
+
+
+def test_all_that_repeat_get_drafts_of_one_length() -> None:
+    lengths = choose(in_slots(0, 1, 2, 3, sure=range(4)), 512, learned(Q4_1), is_split=True)
+    assert len(set(lengths)) == 1
+    assert lengths[0] > 0
+
+
+def test_a_draft_that_takes_a_pass_of_its_own_does_not_pay() -> None:
+    costs = learned(GPU)
+    assert any(choose(in_slots(0, 1, 2, 3, sure={1}, n_tokens=1), 512, costs))
+    assert not any(choose(in_slots(0, 1, 2, 3, sure={1}, n_tokens=1), 512, costs, is_split=True))
+    assert any(choose(in_slots(0, 1, 2, 3, sure={0, 1, 2, 3}, n_tokens=1), 512, costs, is_split=True))
+
+
+def test_neighbours_share_a_pass() -> None:
+    costs = learned(GPU)
+    near = choose(in_slots(0, 1, 2, 3, sure={1, 2}, n_tokens=4), 512, costs, is_split=True)
+    far = choose(in_slots(0, 1, 2, 3, sure={0, 3}, n_tokens=4), 512, costs, is_split=True)
+    assert sum(near) > sum(far)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 15), st.lists(st.floats(0, 1), max_size=10)), min_size=2, max_size=8),
+    st.integers(0, 40),
+    st.sampled_from(list(TABLES)),
+)
+def test_even_choices_keep_their_bounds(
+    drafts: list[tuple[int, list[float]]], n_most: int, name: str
+) -> None:
+    chances = {slot: list(np.cumprod(rates)) for slot, rates in sorted(drafts)}
+    candidates = [Candidate(each, slot_id=slot) for slot, each in chances.items()]
+    costs = learned(TABLES[name])
+    lengths = choose(candidates, n_most, costs, is_split=True)
+    assert sum(lengths) <= n_most
+    assert all(0 <= n <= len(each.chances) for n, each in zip(lengths, candidates, strict=True))
+    if any(lengths) and len(candidates) > 1:
+        assert len(set(lengths) - {0}) == 1
+        pieces = even_pieces(
+            ((each.slot_id, 1 + n) for each, n in zip(candidates, lengths, strict=True)), 512
+        )
+        plain = even_pieces(((each.slot_id, 1) for each in candidates), 512)
+        hoped = len(chances) + sum(sum(each.chances[:n]) for each, n in zip(candidates, lengths, strict=True))
+        seconds, plain_s = (sum(map(costs.seconds, each)) for each in (pieces, plain))
+        assert hoped / seconds > len(chances) / plain_s
+
+
+def test_pieces_share_the_seconds_of_a_step() -> None:
+    costs = learned(Q4_1)
+    for _ in range(30):
+        costs.observe_pieces((8, 16), step_s(Q4_1, 8) + step_s(Q4_1, 16))
+    assert costs.seconds(8) == pytest.approx(step_s(Q4_1, 8), rel=0.1)
+    assert costs.seconds(16) == pytest.approx(step_s(Q4_1, 16), rel=0.1)
+    for _ in range(30):
+        costs.observe_pieces((8, 16), 3 * (step_s(Q4_1, 8) + step_s(Q4_1, 16)))
+    assert costs.seconds(8) > 1.5 * step_s(Q4_1, 8)
