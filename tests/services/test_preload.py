@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from wingman.config import ContextConfig, ModelConfig
-from wingman.engine import llama
+from wingman.engine.llama import weights
+from wingman.engine.llama.runner import LlamaRunner
 from wingman.errors import ModelLoadFailure
+from wingman.services import preload as preload_module
 from wingman.services.preload import Preload
 
 
@@ -36,27 +38,27 @@ def test_the_first_engine_that_wants_just_this_takes_it(preload: Preload, tiny_m
 
 
 def test_what_nobody_takes_is_freed(preload: Preload, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed: list[llama.LlamaRunner] = []
-    close = llama.LlamaRunner.close
+    closed: list[LlamaRunner] = []
+    close = LlamaRunner.close
 
-    def note(self: llama.LlamaRunner) -> None:
+    def note(self: LlamaRunner) -> None:
         closed.append(self)
         close(self)
 
-    monkeypatch.setattr(llama.LlamaRunner, "close", note)
+    monkeypatch.setattr(LlamaRunner, "close", note)
     preload._thread.join()
     preload.close()
     assert len(closed) == 1
 
 
 def test_a_taker_that_gives_up_ends_the_load(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow:
-        def __init__(self, _: ModelConfig, __: ContextConfig, on_progress: Any) -> None:
-            while on_progress(0.5):
-                pass
-            raise ModelLoadFailure("the load was cancelled")
+    def load_slowly(_: ModelConfig, on_progress: Callable[[float], bool]) -> None:
+        while on_progress(0.5):
+            pass
+        raise ModelLoadFailure("the load was cancelled")
 
-    monkeypatch.setattr(llama, "LlamaRunner", Slow)
+    monkeypatch.setattr(weights, "load_weights", load_slowly)
+    monkeypatch.setattr(preload_module, "_QUICK_BYTES", 0)
     model, context = ModelConfig(model=tiny_model), ContextConfig()
     with pytest.raises(ModelLoadFailure, match="cancelled"):
         Preload(model, context).make_runner(model, context, lambda _: False)
@@ -68,3 +70,21 @@ def test_a_file_that_is_no_model_is_refused_at_once(tmp_path: Path) -> None:
     for name in ("bad.gguf", "none.gguf"):
         with pytest.raises(ModelLoadFailure, match=name):
             Preload(ModelConfig(model=tmp_path / name), ContextConfig())
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_only_long_loads_are_followed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, is_long: bool
+) -> None:
+    followed = []
+    load = weights.load_weights
+
+    def note(model: ModelConfig, on_progress: Callable[[float], bool] | None) -> weights.Weights:
+        followed.append(on_progress is not None)
+        return load(model, on_progress)
+
+    monkeypatch.setattr(weights, "load_weights", note)
+    monkeypatch.setattr(preload_module, "_QUICK_BYTES", 0 if is_long else 1 << 30)
+    model, context = ModelConfig(model=tiny_model), ContextConfig(ctx_size=64)
+    Preload(model, context).make_runner(model, context, _on).close()
+    assert followed == [is_long]
