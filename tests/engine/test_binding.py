@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
+from wingman.config import ModelConfig
 from wingman.engine.llama import binding
 from wingman.engine.llama.binding import lib
+from wingman.engine.llama.weights import load_weights
+from wingman.errors import ModelLoadFailure
 
 
 def load_nothing(calls: list[int]) -> object:
@@ -34,6 +38,17 @@ def test_what_works_is_done_once_and_not_heard() -> None:
     assert binding.take_errors() == ""
     load_nothing(calls)
     assert "nowhere.gguf" in binding.take_errors(), "it is heard again"
+
+
+def test_a_load_that_is_given_up_is_not_tried_again(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    load = lib.llama_model_load_from_file
+    monkeypatch.setattr(lib, "llama_model_load_from_file", lambda *given: (calls.append(1), load(*given))[1])
+    with pytest.raises(ModelLoadFailure, match="cancelled"):
+        load_weights(ModelConfig(model=tiny_model), lambda _: False)
+    assert calls == [1]
 
 
 def test_with_debug_messages_everything_is_heard(caplog: pytest.LogCaptureFixture) -> None:

@@ -99,6 +99,14 @@ class TestChoose:
             cache.slots[slot_id].sequence = Sequence(Job(id=slot_id, prompt=A, sampling=GREEDY), 0.0)
         assert chosen(cache, A) == [expected], "the place counts first, then the prefix, then who is empty"
 
+    def test_what_does_not_fit_the_host_memory_is_not_given_up_for_a_place(self) -> None:
+        cache = make_cache(n_slots=4, parked_bytes=30)
+        fill(cache, (), B, (), A)
+        cache.slots[0].sequence = Sequence(Job(id=0, prompt=A, sampling=GREEDY), 0.0)
+        assert chosen(cache, A) == [3], "its own, and nobody loses 40 bytes"
+        assert chosen(cache, A[:3]) == [2]
+        assert chosen(make_cache(), A) == [0]
+
 
 class TestReuse:
     def test_own_prefix(self) -> None:

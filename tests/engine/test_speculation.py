@@ -467,3 +467,13 @@ def test_pieces_share_the_seconds_of_a_step() -> None:
     for _ in range(30):
         costs.observe_pieces((8, 16), 3 * (step_s(Q4_1, 8) + step_s(Q4_1, 16)))
     assert costs.seconds(8) > 1.5 * step_s(Q4_1, 8)
+
+
+@pytest.mark.parametrize("slots", [(0, 2), (0, 1, 3), (0, 1)])
+def test_drafts_stay_where_slots_have_gaps(slots: tuple[int, ...]) -> None:
+    """Steps without drafts come in pieces, whose costs have to be known, not that of a step as a whole."""
+    costs = learned(Q4_1)
+    pieces = even_pieces(((slot, 1) for slot in slots), 512)
+    for _ in range(300):
+        costs.observe_pieces(pieces, sum(step_s(Q4_1, piece) for piece in pieces))
+    assert any(choose(in_slots(*slots, sure=slots), 512, costs, is_split=True))

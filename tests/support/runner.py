@@ -221,9 +221,6 @@ class ScriptedRunner:
     def set_threads(self, n_threads: int) -> None:
         self.n_threads = n_threads
 
-    def trim(self) -> None:
-        pass
-
     def reset(self) -> None:
         self.cache = [[] for _ in self.cache]
         self.parked.clear()

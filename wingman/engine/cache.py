@@ -105,7 +105,7 @@ class KvCache:
             return None
         chosen: list[Slot] = []
         while len(chosen) <= n_forks:
-            near = self._nearest(free, chosen)
+            near = self._nearest(free, chosen, prompt)
             wanted = self._holder(near, prompt) if not chosen else None
             if not chosen and id_slot >= 0:
                 wanted = self.slots[id_slot]
@@ -113,16 +113,23 @@ class KvCache:
             free.remove(chosen[-1])
         return chosen
 
-    def _nearest(self, free: list[Slot], chosen: list[Slot]) -> list[Slot]:
-        """The free slots with most neighbours that are busy or chosen, the least recently used first; all of
-        them where that makes no difference, or would cost a cache that can't be parked."""
+    def _nearest(self, free: list[Slot], chosen: list[Slot], prompt: Tokens[int]) -> list[Slot]:
+        """The free slots with most neighbours that are busy or chosen, the least recently used first, without
+        those that would lose what they hold; all of them where places make no difference."""
         ranked = sorted(free, key=lambda slot: (bool(slot.tokens), slot.last_used))
-        if self._limits.is_unified or not self._limits.parked_bytes:
+        safe = [] if self._limits.is_unified else [slot for slot in ranked if self._keeps(slot, prompt)]
+        if not safe:
             return ranked
         busy = {slot.id for slot in self.slots if slot.sequence is not None} | {slot.id for slot in chosen}
-        n_beside = {slot.id: (slot.id - 1 in busy) + (slot.id + 1 in busy) for slot in free}
+        n_beside = {slot.id: (slot.id - 1 in busy) + (slot.id + 1 in busy) for slot in safe}
         most = max(n_beside.values())
-        return [slot for slot in ranked if n_beside[slot.id] == most]
+        return [slot for slot in safe if n_beside[slot.id] == most]
+
+    def _keeps(self, slot: Slot, prompt: Tokens[int]) -> bool:
+        """Whether a prompt may enter a slot without losing more than a little of what that holds: the prompt has
+        it too, or there is room to park it."""
+        n_lost = len(slot.tokens) - common_prefix(slot.tokens, prompt)
+        return n_lost < self._limits.min_shared or self.parked.room_for(self._size_of(slot.id)) is not None
 
     def _holder(self, free: list[Slot], prompt: Tokens[int]) -> Slot | None:
         """The slot that holds enough of a prompt to be preferred."""

@@ -235,9 +235,6 @@ class Runner(Protocol):
     def set_threads(self, n_threads: int) -> None:
         """Compute the next steps and embeddings with so many threads."""
 
-    def trim(self) -> None:
-        """Give back memory that nothing has used yet. Called once, when the model is ready."""
-
     def reset(self) -> None:
         """Rebuild the context after a failure: every slot is empty afterwards."""
 

@@ -25,7 +25,7 @@ from wingman.engine.ubatches import even_pieces
 
 MARGIN: Final = 0.1
 """Least expected gain that is worth the trouble; hopes are a little too high where they are highest."""
-_LENGTHS: Final = (1, 2, 3, 4, 6, 8, 12, 16)
+_LENGTHS: Final = (1, 2, 3, 5, 7, 11, 15)
 """Lengths of drafts that are weighed where all drafts of a step have the same."""
 _LEAST_CHANCE: Final = 0.04
 """Below this a draft token is not even considered."""
@@ -274,7 +274,8 @@ def _choose_even(candidates: Sequence[Candidate], n_most: int, costs: StepCosts)
     each sequence."""
     slots = [each.slot_id for each in candidates]
     best = [0] * len(candidates)
-    if not any(each.chances for each in candidates) or costs.is_dated(len(candidates)):
+    plain = even_pieces(((slot, 1) for slot in slots), EDGES[-1])
+    if not any(each.chances for each in candidates) or any(map(costs.is_dated, plain)):
         return best
     best_rate = (1 + MARGIN) * len(candidates) / _even_s(slots, best, costs)
     for length in _LENGTHS:

@@ -195,7 +195,6 @@ class EngineThread:
         embeddings = EmbeddingQueue(runner.info.embedding.n_max, MAX_EMBED_INPUTS, scheduler.max_step_s)
         self._publish(scheduler, self._clock())
         self._post(Loaded(runner.info, runner.tokenizer, runner.parts))
-        runner.trim()
         work: Iterator[None] = iter(())
         owed_s = 0.0
         """Time that generation gets before the next piece of embeddings."""

@@ -50,11 +50,11 @@ class Preload:
 
     def _load(self, runner: Future[Runner]) -> None:
         try:
-            is_long = self._path.stat().st_size > _QUICK_BYTES
+            is_long = self._header.split_count > 1 or self._path.stat().st_size > _QUICK_BYTES
             weights = self._load_weights(self._model, self._note_progress if is_long else None)
             from wingman.engine.llama.runner import LlamaRunner
 
-            runner.set_result(LlamaRunner(self._model, self._context, weights=weights))
+            runner.set_result(LlamaRunner(self._model, self._context, weights=weights, is_alone=True))
         except BaseException as error:  # noqa: BLE001 - it is raised where the runner is asked for
             runner.set_exception(error)
 

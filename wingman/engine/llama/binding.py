@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -110,7 +111,7 @@ def can_offload() -> bool:
     return bool(lib.llama_supports_gpu_offload())
 
 
-_ERROR: Final = 3  # GGML_LOG_LEVEL_ERROR
+_ERROR: Final = 4  # GGML_LOG_LEVEL_ERROR of ggml.h; llama_cpp says 3, which are warnings
 _recent_errors: Final[deque[str]] = deque(maxlen=4)
 
 
@@ -125,6 +126,8 @@ def _on_log(level: int, text: bytes, _: Any) -> None:
 _log_callback = lib.llama_log_callback(_on_log)
 _deaf_callback = ctypes.cast(ctypes.CDLL(None).labs, lib.llama_log_callback)
 """A C function that does nothing with what it is told."""
+_deaf_lock = threading.Lock()
+_n_deaf = 0
 _initialized = False
 
 
@@ -140,15 +143,24 @@ def initialize() -> None:
 
 def quietly(make: Callable[[], Any]) -> Any:
     """What `make` gives, its log lines unheard: more than a thousand, each of which would wait for the interpreter
-    while other threads use it. What gives nothing is tried again and listened to."""
+    while other threads use it. What gives nothing is tried again and listened to. Other models of the process are
+    not heard either meanwhile."""
     made = None
     if not log.isEnabledFor(logging.DEBUG):
-        lib.llama_log_set(_deaf_callback, ctypes.c_void_p(0))
+        _listen(1)
         try:
             made = make()
         finally:
-            lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
+            _listen(-1)
     return made or make()
+
+
+def _listen(n_deaf: int) -> None:
+    """So many more want the library not to be heard."""
+    global _n_deaf  # noqa: PLW0603 - one library per process
+    with _deaf_lock:
+        _n_deaf += n_deaf
+        lib.llama_log_set(_deaf_callback if _n_deaf else _log_callback, ctypes.c_void_p(0))
 
 
 def take_errors() -> str:

@@ -48,6 +48,8 @@ _KV_TYPES: Final = {
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
 _STATE_HEAD_BYTES: Final = 8
 """A magic number and the slot's id, in front of what a slot file holds."""
+_SMALL_BYTES: Final = 1 << 30
+"""Weights that one thread reads in no time."""
 _MAX_STREAMS: Final = 256
 """LLAMA_MAX_SEQ."""
 
@@ -59,15 +61,17 @@ SlotState = npt.NDArray[np.uint8]
 class LlamaContext:
     """The context of a model; slot ids are its sequence ids."""
 
-    def __init__(self, model: LlamaModel, config: ContextConfig) -> None:
-        """Allocate cache and compute buffers. Raises ModelLoadFailure when they don't fit."""
+    def __init__(self, model: LlamaModel, config: ContextConfig, *, is_alone: bool = False) -> None:
+        """Allocate cache and compute buffers. `is_alone`: no other thread uses much memory, so that pages of the
+        new cache can be given back. Raises ModelLoadFailure when they don't fit."""
         params = context_params(model, config)
-        mapped = anonymous_ranges()
+        mapped = anonymous_ranges() if is_alone else None
         self.handle: Any = binding.quietly(lambda: lib.llama_init_from_model(model.handle, params))
         if not self.handle:
             reason = binding.take_errors() or "out of memory?"
             raise ModelLoadFailure(f"can't make a context of {config.ctx_size} tokens: {reason}")
-        self._allocations = large_allocations(mapped)
+        if mapped is not None:
+            release_zeros(large_allocations(mapped))
         self.memory: Any = lib.llama_get_memory(self.handle)
         if not self.memory:
             self.close()
@@ -197,11 +201,12 @@ class LlamaContext:
         last = int(lib.llama_memory_seq_pos_max(self.memory, slot_id))
         return last == n_tokens - 1 and (first >= 0 or not n_tokens)
 
-    def warm_up(self, model: LlamaModel) -> None:
-        """Touch all weights once and empty the cache again (common_init_from_params), on one thread: others
-        are busy starting too."""
+    def warm_up(self, model: LlamaModel, *, is_alone: bool = False) -> None:
+        """Touch all weights once and empty the cache again (common_init_from_params); a small model on one thread
+        while the rest of the program starts (`is_alone`)."""
         n_threads = self._n_threads
-        self._use_threads((1, 1))
+        if is_alone and lib.llama_model_size(model.handle) < _SMALL_BYTES:
+            self._use_threads((1, 1))
         self._batch.clear()
         self._batch.add((max(0, int(lib.llama_vocab_bos(model.vocab))),), 0, 0, wants_output=True)
         lib.llama_set_warmup(self.handle, True)
@@ -210,10 +215,6 @@ class LlamaContext:
         lib.llama_synchronize(self.handle)
         lib.llama_set_warmup(self.handle, False)
         self._use_threads(n_threads)
-
-    def trim(self) -> None:
-        """Give back memory that a new cache does not need yet."""
-        release_zeros(self._allocations)
 
     def set_threads(self, n_threads: int) -> None:
         """Compute the next steps with so many threads, whatever their size."""

@@ -103,16 +103,25 @@ class Embedder:
         self._memory: Any = lib.llama_get_memory(self._handle)
         self._batch = TokenBatch(self._n_piece)
         if self._is_cut:
+            self._try_without_head()
+
+    def _try_without_head(self) -> None:
+        """Stop at the hidden states if those are this model's vectors. Raises RunnerFailure."""
+        try:
             self._head_stop.is_on = self._is_same_without_head()
+        except RunnerFailure:
+            self.close()
+            raise
 
     def _is_same_without_head(self) -> bool:
-        """Whether this model's vectors are what `_HeadStop` stops at. Tried without the rest first: afterwards
-        the right vectors might still lie where they are read."""
+        """Tried without the output layer first: afterwards the right vectors might still lie where they are
+        read."""
         found = []
+        tokens = (0, 1)[: self._n_piece]
         for is_on in (True, False):
             self._head_stop.is_on = is_on
-            self._decode([Part(0, 0, (0, 1))])
-            found.append(self._output_rows(2).copy())
+            self._decode([Part(0, 0, tokens)])
+            found.append(self._output_rows(len(tokens)).copy())
             self._forget()
         return bool(np.array_equal(found[0], found[1]) and found[0].any())
 

@@ -4,7 +4,8 @@ llama.cpp fills a new cache with zeros, which makes all of it resident: 360 MiB 
 98 MB. A private anonymous page that was given back reads as zeros again when it is next touched, so nothing that
 computes sees a difference. Only pages that hold nothing but zeros are given back.
 
-For Linux with glibc; elsewhere nothing happens. Called on the thread that makes the cache and computes with it.
+For Linux with glibc; elsewhere nothing is found. Called on the thread that makes the cache, right after that, and
+only while a server starts with its one model: a thread that allocated as much meanwhile would be taken for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Final
 
 _LEAST_BYTES: Final = 64 << 20
-"""Smaller allocations are left alone; nobody else makes such large ones while a cache is made."""
+"""Smaller allocations are left alone; nothing else makes such large ones while a server starts."""
+_MAX_LOOKS: Final = 4096
+"""Pages looked at for the head of an allocation."""
 _BLOCK_BYTES: Final = 128 << 10
 _MADV_DONTNEED: Final = 4
 _IS_MMAPPED: Final = 2
@@ -89,7 +92,9 @@ def _added(after: list[Range], before: list[Range]) -> Iterator[Range]:
 def _chunks(memory: int, start: int, end: int) -> Iterator[Range]:
     """Allocations of their own in a range: malloc writes how much it mapped into the second word. Read through a
     file, since a part of the range may be another thread's and gone by now. Raises OSError then."""
-    while end - start >= _LEAST_BYTES:
+    for _ in range(_MAX_LOOKS):
+        if end - start < _LEAST_BYTES:
+            return
         _, size = _HEAD.unpack(os.pread(memory, _HEAD.size, start))
         length = size & ~7
         if size & 7 == _IS_MMAPPED and length % mmap.PAGESIZE == 0 and _LEAST_BYTES <= length <= end - start:

@@ -31,8 +31,11 @@ class LlamaRunner:
         context: ContextConfig,
         on_progress: OnProgress | None = None,
         weights: Weights | None = None,
+        *,
+        is_alone: bool = False,
     ) -> None:
-        """Load the model, or take over its weights. Raises ModelLoadFailure."""
+        """Load the model, or take over its weights. `is_alone`: nothing else in this process computes or serves
+        yet. Raises ModelLoadFailure."""
         self._context_config = context
         self._model = LlamaModel(model, on_progress, weights)
         self._context: LlamaContext | None = None
@@ -40,16 +43,16 @@ class LlamaRunner:
         self._draft: DraftModel | None = None
         self._samplers: dict[int, Sampler] = {}
         try:
-            self._open(context)
+            self._open(context, is_alone=is_alone)
         except BaseException:
             self._close_contexts()
             self._model.close()
             raise
 
-    def _open(self, context: ContextConfig) -> None:
+    def _open(self, context: ContextConfig, *, is_alone: bool) -> None:
         if self._model.can_generate:
-            self._context = LlamaContext(self._model, context)
-            self._context.warm_up(self._model)
+            self._context = LlamaContext(self._model, context, is_alone=is_alone)
+            self._context.warm_up(self._model, is_alone=is_alone)
             if context.model_draft is not None:
                 self._draft = DraftModel(self._model, _draft_config(context), context)
         self.tokenizer: Tokenizer = self._model.tokenizer
@@ -159,17 +162,11 @@ class LlamaRunner:
             if context is not None:
                 context.set_threads(n_threads)
 
-    def trim(self) -> None:
-        """Give back memory that nothing has used yet."""
-        if self._context is not None:
-            self._context.trim()
-
     def reset(self) -> None:
         """Make a fresh context; the weights stay."""
         self._close_samplers()
         self._generating().close()
         self._context = LlamaContext(self._model, self._context_config)
-        self._context.trim()
 
     def close(self) -> None:
         """Free samplers, contexts and weights, in this order."""

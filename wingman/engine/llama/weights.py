@@ -89,7 +89,9 @@ def load_weights(config: ModelConfig, on_progress: OnProgress | None = None) -> 
     if on_progress is not None:
         params.progress_callback = watch.callback
     binding.take_errors()
-    handle = binding.quietly(lambda: lib.llama_model_load_from_file(str(path).encode(), params))
+    handle = binding.quietly(
+        lambda: None if watch.gave_up else lib.llama_model_load_from_file(str(path).encode(), params)
+    )
     if watch.gave_up:
         if handle:
             lib.llama_model_free(handle)
