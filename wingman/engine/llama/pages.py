@@ -22,7 +22,7 @@ from typing import Final
 
 _LEAST_BYTES: Final = 64 << 20
 """Smaller allocations are left alone; nothing else makes such large ones while a server starts."""
-_MAX_LOOKS: Final = 4096
+_MAX_LOOKS: Final = 1 << 16
 """Pages looked at for the head of an allocation."""
 _BLOCK_BYTES: Final = 128 << 10
 _MADV_DONTNEED: Final = 4
@@ -90,18 +90,26 @@ def _added(after: list[Range], before: list[Range]) -> Iterator[Range]:
 
 
 def _chunks(memory: int, start: int, end: int) -> Iterator[Range]:
-    """Allocations of their own in a range: malloc writes how much it mapped into the second word. Read through a
-    file, since a part of the range may be another thread's and gone by now. Raises OSError then."""
+    """Allocations of their own in a range: malloc writes how much it mapped into the second word."""
     for _ in range(_MAX_LOOKS):
         if end - start < _LEAST_BYTES:
             return
-        _, size = _HEAD.unpack(os.pread(memory, _HEAD.size, start))
+        size = _size_at(memory, start)
         length = size & ~7
         if size & 7 == _IS_MMAPPED and length % mmap.PAGESIZE == 0 and _LEAST_BYTES <= length <= end - start:
             yield start, start + length
             start += length
         else:
             start += mmap.PAGESIZE
+
+
+def _size_at(memory: int, address: int) -> int:
+    """The second word at an address, read through a file: it may be another thread's and gone by now. 0 then."""
+    try:
+        size: int = _HEAD.unpack(os.pread(memory, _HEAD.size, address))[1]
+    except (OSError, struct.error):
+        return 0
+    return size
 
 
 def _release_block(start: int, n_bytes: int) -> int:
