@@ -43,3 +43,15 @@ def test_a_model_whose_vectors_lie_elsewhere_is_computed_whole(
         assert vectors(runner) == right
     finally:
         runner.close()
+
+
+@pytest.mark.parametrize("n_most", [1, 2, 5])
+def test_inputs_may_be_limited_to_a_few_tokens(tiny_model: Path, n_most: int) -> None:
+    context = ContextConfig(ctx_size=256, parallel=1, threads=1, embeddings=True, max_embed_tokens=n_most)
+    runner = LlamaRunner(ModelConfig(model=tiny_model), context)
+    try:
+        assert runner.info.embedding.n_max == n_most
+        found = [vector for piece in runner.embed([[5] * n_most], 32) for vector in piece]
+        assert [len(vector) for vector in found] == [4 * runner.info.embedding.n_dims]
+    finally:
+        runner.close()

@@ -88,7 +88,8 @@ class Embedder:
         self._is_cut = model.can_generate and info.pooling is not PoolingType.RANK
         self._pools_there = not self._is_cut and info.pooling is not PoolingType.NONE
         self._n_piece = min(info.n_max, MAX_PIECE_TOKENS) if self._is_cut else info.n_max
-        base.n_ctx = base.n_batch = info.n_max
+        # With fewer tokens than sequences the library ends the process.
+        base.n_ctx = base.n_batch = max(info.n_max, MAX_EMBED_INPUTS)
         base.n_ubatch = self._n_piece
         base.n_seq_max = MAX_EMBED_INPUTS
         base.kv_unified = True
