@@ -33,8 +33,8 @@ _TITLES: Final = {
     "control": "control API, downloads, several models",
 }
 _START_SWITCH_INTERVAL_S: Final = 0.00002
-"""The library asks for the interpreter more than two thousand times while a model loads, to log and to tell how far
-it is. Beside threads that import modules each waits as long as this: a load took 240 ms longer at 0.5 ms."""
+"""While a model loads, other threads import modules, and the library asks for the interpreter each time it tells
+how far it is or is listened to: each time it waits about as long as this."""
 _TRUE: Final = frozenset({"1", "true", "on", "yes", "enabled"})
 _FALSE: Final = frozenset({"0", "false", "off", "no", "disabled"})
 
