@@ -18,11 +18,12 @@ from wingman import __version__
 from wingman.commands import add_commands, run_command
 from wingman.config import GROUPS, Config, check_bounds, has_control
 from wingman.errors import ConfigurationError, ModelLoadFailure
-from wingman.logs import configure_logging
 from wingman.options import Option, option_of
 from wingman.services.home import Home
 
 if TYPE_CHECKING:
+    from logging.handlers import QueueListener
+
     from wingman.services.preload import Preload
 
 _TITLES: Final = {
@@ -103,11 +104,10 @@ def _serve_with(config: Config, query: Mapping[str, str]) -> int:
 
 
 def _serve(config: Config, ignored: list[str], start: Mapping[str, str] | None = None) -> int:
-    level = "debug" if config.server.verbose else config.server.log_level
-    listener = configure_logging(level, config.server.log_format, *_log_file(config))
     sys.setswitchinterval(_START_SWITCH_INTERVAL_S)  # here only: in other programs it is theirs to choose
     gc.disable()  # until all is loaded: nearly all of it stays
     preload: Preload | None = None
+    listener: QueueListener | None = None
     try:
         for flag in ignored:
             print(f"wingman: {flag} is a llama-server flag that has no effect here", file=sys.stderr)
@@ -119,6 +119,10 @@ def _serve(config: Config, ignored: list[str], start: Mapping[str, str] | None =
             from wingman.services import preload as early
 
             preload = early.Preload(config.model, config.context)  # goes on while the rest is imported
+        from wingman.logs import configure_logging
+
+        level = "debug" if config.server.verbose else config.server.log_level
+        listener = configure_logging(level, config.server.log_format, *_log_file(config))
         import asyncio
 
         from wingman.api.inference import read_start
@@ -129,7 +133,8 @@ def _serve(config: Config, ignored: list[str], start: Mapping[str, str] | None =
     finally:
         if preload is not None:
             preload.close()
-        listener.stop()
+        if listener is not None:
+            listener.stop()
 
 
 def _log_file(config: Config) -> tuple[Path | None, int]:

@@ -101,7 +101,7 @@ class Engine:
     def __init__(self, runner: LlamaRunner, config: ContextConfig) -> None:
         self.runner = runner
         self.scheduler = Scheduler(_limits(runner, config), runner.tokenizer, runner.slot_bytes)
-        endless = tuple((token, -math.inf) for token in runner.info.eog_tokens)
+        endless = tuple((token, -math.inf) for token in runner.tokenizer.eog_tokens)
         self._sampling = SamplingParams(temperature=0.0, logit_bias=endless)
         self.asked: dict[int, Job] = {}
         self._now = 0.0

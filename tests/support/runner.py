@@ -52,6 +52,14 @@ class ScriptedVocabulary:
     def is_eog(self, token: int) -> bool:
         return token == EOS
 
+    @property
+    def max_piece_bytes(self) -> int:
+        return 3
+
+    @property
+    def eog_tokens(self) -> tuple[int, ...]:
+        return (EOS,)
+
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         return [1] * add_special + [3 + byte for byte in text.encode("utf-8", "replace")]
 
@@ -89,8 +97,7 @@ def model_info(n_slots: int, n_ctx_slot: int, n_ctx: int | None = None) -> Model
         path="scripted.gguf", description="scripted", n_vocab=N_VOCAB, n_ctx_train=n_ctx_slot, n_ctx_slot=n_ctx_slot,
         n_ctx_total=n_ctx or n_slots * n_ctx_slot, n_embd=1, n_params=1, size_bytes=1, ftype="F32", vocab_type=1,
         n_slots=n_slots, bos_token="<1>", eos_token="<2>", adds_bos=True, chat_template=None, build="b-scripted",
-        system_info="", can_shift=True, max_piece_bytes=3,
-        eog_tokens=(EOS,), embedding=EmbeddingInfo(PoolingType.MEAN, 1, N_EMBED),
+        system_info="", can_shift=True, embedding=EmbeddingInfo(PoolingType.MEAN, 1, N_EMBED),
     )  # fmt: skip
 
 
@@ -111,7 +118,7 @@ class ScriptedRunner:
         self.parked: dict[int, list[int]] = {}
         self.samplers: dict[int, SamplerStart] = {}
         self.fail_at: set[int] = set()
-        self.n_steps = 0
+        self.n_steps = self.n_tidied = 0
         self.n_computed = 0
         """Tokens in all batches."""
         self.is_closed = False
@@ -220,6 +227,10 @@ class ScriptedRunner:
 
     def set_threads(self, n_threads: int) -> None:
         self.n_threads = n_threads
+
+    def tidy(self) -> bool:
+        self.n_tidied += 1
+        return self.n_tidied % 3 > 0
 
     def reset(self) -> None:
         self.cache = [[] for _ in self.cache]

@@ -66,7 +66,7 @@ class TestLlama:
         assert Path(info.path).stat().st_size < 1_000_000
 
     def test_ends_of_generation(self, runner: LlamaRunner) -> None:
-        pieces = [runner.tokenizer.piece(token, special=True) for token in runner.info.eog_tokens]
+        pieces = [runner.tokenizer.piece(token, special=True) for token in runner.tokenizer.eog_tokens]
         assert pieces == [b"</s>", b"<|im_end|>"]
 
     def test_fim_tokens(self, runner: LlamaRunner) -> None:

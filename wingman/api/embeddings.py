@@ -184,7 +184,7 @@ def _rerank_inputs(served: ServedModel, fields: RerankRequest) -> tuple[tuple[in
 def _rerank_tokens(query: str, document: str, tokenizer: Tokenizer, info: ModelInfo) -> list[int]:
     """A query and a document as the model was trained to see them (format_prompt_rerank)."""
     for text in (query, document):
-        refuse_endless(text, info)
+        refuse_endless(text, tokenizer, info)
     if info.rerank_template is not None:
         text = info.rerank_template.replace("{query}", query).replace("{document}", document)
         return tokenizer.tokenize(text, add_special=False, parse_special=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from email import policy
-from email.parser import BytesParser
 from typing import Final
 
 import orjson
@@ -32,6 +30,9 @@ async def read_form(request: Request) -> bytes:
 
 
 def _fields(data: bytes) -> bytes:
+    from email import policy  # slow to load, for a few lines from a shell
+    from email.parser import BytesParser
+
     try:
         form = BytesParser(policy=policy.HTTP).parsebytes(data)
         parts = list(form.iter_parts()) if form.is_multipart() else []

@@ -59,7 +59,7 @@ def complete_between(
 ) -> Completion:
     """A completion between two token sequences; in the engine's executor."""
     info, tokenizer = served.info, served.engine.tokenizer
-    refuse_endless(prompt, info)
+    refuse_endless(prompt, tokenizer, info)
     start = tokenizer.tokenize(prompt, add_special=False, parse_special=True)
     n_batch = served.config.context.batch_size
     room = max(0, info.n_ctx_slot - n_batch - 2 * served.config.context.n_predict)
@@ -67,7 +67,7 @@ def complete_between(
         prefix,
         suffix,
         start,
-        _extra_tokens(extra, fim_of(info), tokenizer, room, max(1, room * info.max_piece_bytes)),
+        _extra_tokens(extra, fim_of(info), tokenizer, room, max(1, room * tokenizer.max_piece_bytes)),
         fim_of(info),
         n_batch=n_batch,
         spm=served.config.context.spm_infill,
@@ -154,6 +154,7 @@ def _read_side(raw: Any, field: str, served: ServedModel) -> list[int]:
 
 def side_tokens(text: str, field: str, served: ServedModel) -> list[int]:
     """Tokens of one side; only the part that can be used is read, so its length does not matter."""
-    n_chars = served.config.context.batch_size * served.info.max_piece_bytes
+    tokenizer = served.engine.tokenizer
+    n_chars = served.config.context.batch_size * tokenizer.max_piece_bytes
     used = text[:n_chars] if field.endswith("suffix") else text[-n_chars:]
-    return served.engine.tokenizer.tokenize(used, add_special=False, parse_special=False)
+    return tokenizer.tokenize(used, add_special=False, parse_special=False)

@@ -9,10 +9,12 @@ from wingman.engine.types import ModelInfo
 from wingman.errors import ContextOverflow, InvalidRequest
 
 
-def refuse_endless(text: str, info: ModelInfo) -> None:
+def refuse_endless(text: str, tokenizer: Tokenizer, info: ModelInfo) -> None:
     """Raise ContextOverflow for a text that no tokenisation can fit into a slot: tokenising megabytes
     takes seconds and can't be interrupted. The count reported is the least there could be."""
-    n_least = -(-len(text) // info.max_piece_bytes)
+    if len(text) < info.n_ctx_slot:
+        return
+    n_least = -(-len(text) // tokenizer.max_piece_bytes)
     if n_least >= info.n_ctx_slot:
         raise ContextOverflow(n_least, info.n_ctx_slot)
 
@@ -35,14 +37,14 @@ def read_prompt(raw: Any, tokenizer: Tokenizer, info: ModelInfo, where: str) -> 
     list of strings and ids only a leading string does."""
     raw = _unwrap(raw, where)
     if isinstance(raw, str):
-        refuse_endless(raw, info)
+        refuse_endless(raw, tokenizer, info)
         return tokenizer.tokenize(raw, add_special=True, parse_special=True)
     if not isinstance(raw, list) or not raw:
         raise InvalidRequest(f"Field '{where}': must be a string, or a list of strings and token ids", where)
     tokens: list[int] = []
     for index, item in enumerate(raw):
         if isinstance(item, str):
-            refuse_endless(item, info)
+            refuse_endless(item, tokenizer, info)
             tokens += tokenizer.tokenize(item, add_special=index == 0, parse_special=True)
         elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < info.n_vocab:
             tokens.append(item)

@@ -53,7 +53,7 @@ class SamplingReader:
         ignore_eos = defaults.ignore_eos if fields.ignore_eos is None else fields.ignore_eos
         biases = list(defaults.logit_bias) if fields.logit_bias is None else self._biases(fields.logit_bias)
         if ignore_eos:
-            biases += [(token, -math.inf) for token in self.info.eog_tokens]
+            biases += [(token, -math.inf) for token in self.tokenizer.eog_tokens]
         return dataclasses.replace(defaults, **changes, ignore_eos=ignore_eos, logit_bias=tuple(biases))
 
     def _biases(self, raw: Any) -> list[tuple[int, float]]:

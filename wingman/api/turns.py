@@ -149,8 +149,9 @@ def count_tokens(served: ServedModel, fields: ChatRequest) -> int:
 
 
 def _tokenize(served: ServedModel, prompt: str) -> list[int]:
-    refuse_endless(prompt, served.info)
-    return served.engine.tokenizer.tokenize(prompt, add_special=True, parse_special=True)
+    tokenizer = served.engine.tokenizer
+    refuse_endless(prompt, tokenizer, served.info)
+    return tokenizer.tokenize(prompt, add_special=True, parse_special=True)
 
 
 def render_turn(served: ServedModel, fields: ChatRequest) -> tuple[str, ToolChoice, bool]:

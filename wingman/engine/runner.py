@@ -173,6 +173,14 @@ class Tokenizer(Vocabulary, Protocol):
     def detokenize(self, tokens: Sequence[int], special: bool) -> str:
         """Text of `tokens`; invalid bytes become U+FFFD."""
 
+    @property
+    def max_piece_bytes(self) -> int:
+        """No token stands for more. The first to ask reads the whole vocabulary: not on the event loop."""
+
+    @property
+    def eog_tokens(self) -> tuple[int, ...]:
+        """Every token that ends a generation, likewise."""
+
 
 class SamplerParts(Protocol):
     """Builds the slow parts of samplers ahead, so that the engine thread need not; thread-safe."""
@@ -234,6 +242,9 @@ class Runner(Protocol):
 
     def set_threads(self, n_threads: int) -> None:
         """Compute the next steps and embeddings with so many threads."""
+
+    def tidy(self) -> bool:
+        """Do a millisecond of what can wait until nobody waits for the engine; whether there is more of it."""
 
     def reset(self) -> None:
         """Rebuild the context after a failure: every slot is empty afterwards."""

@@ -198,7 +198,12 @@ class EngineThread:
         work: Iterator[None] = iter(())
         owed_s = 0.0
         """Time that generation gets before the next piece of embeddings."""
-        while self._drain(scheduler, embeddings, wait=scheduler.is_idle and embeddings.is_idle):
+        while True:
+            is_idle = scheduler.is_idle and embeddings.is_idle
+            while is_idle and self._inbox.empty() and runner.tidy():
+                pass
+            if not self._drain(scheduler, embeddings, wait=is_idle):
+                return
             self._change_slots(runner, scheduler)
             batch = scheduler.plan(self._clock())
             if batch is not None:

@@ -428,9 +428,6 @@ class ModelInfo:
     build: str
     system_info: str
     can_shift: bool
-    max_piece_bytes: int
-    """Length of the longest token."""
-    eog_tokens: tuple[int, ...] = ()
     can_generate: bool = True
     """False for a model that only embeds."""
     embedding: EmbeddingInfo = EmbeddingInfo(PoolingType.MEAN, 0, 0)

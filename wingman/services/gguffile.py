@@ -130,30 +130,35 @@ class Cursor:
     def skip_texts(self, count: int) -> None:
         """Pass over texts by their lengths alone: a vocabulary has hundreds of thousands."""
         self._count(count)
-        window, at, unpack = self._window, self._at, _LENGTH.unpack_from
+        window, at, unpack, head = self._window, self._at, _LENGTH.unpack_from, _LENGTH.size
+        end = len(window) - head
         for _ in range(count):
-            if at + _LENGTH.size > len(window):
-                self._fill(at, _LENGTH.size)
+            if at > end:
+                self._fill(at, head)
                 window, at = self._window, 0
-            at += _LENGTH.size + unpack(window, at)[0]
+                end = len(window) - head
+            at += head + unpack(window, at)[0]
         self._check(at, 0)
         self._at = at
 
-    def texts(self, count: int) -> Iterator[bytes]:
-        """The next texts; nothing else may be read until they are."""
+    def texts(self, count: int) -> list[bytes]:
+        """The next texts."""
         self._count(count)
-        window, at, unpack = self._window, self._at, _LENGTH.unpack_from
+        texts: list[bytes] = []
+        window, at, unpack, head = self._window, self._at, _LENGTH.unpack_from, _LENGTH.size
+        end = len(window)
         for _ in range(count):
-            if at + _LENGTH.size > len(window):
-                self._fill(at, _LENGTH.size)
-                window, at = self._window, 0
-            start = at + _LENGTH.size
-            at = start + unpack(window, start - _LENGTH.size)[0]
-            if at > len(window):
+            if at + head > end:
+                self._fill(at, head)
+                window, at, end = self._window, 0, len(self._window)
+            start = at + head
+            at = start + unpack(window, at)[0]
+            if at > end:
                 self._fill(start, at - start)
-                window, start, at = self._window, 0, at - start
-            yield window[start:at]
+                window, start, at, end = self._window, 0, at - start, len(self._window)
+            texts.append(window[start:at])
         self._at = at
+        return texts
 
     def _count(self, count: int) -> None:
         self._n_texts += count
@@ -239,11 +244,12 @@ def _read_array(cursor: Cursor, key: str) -> tuple[str, Value]:
 
 def _skip_tokens(cursor: Cursor, count: int) -> None:
     """Pass over the vocabulary; llama.cpp sees tokens up to a NUL, and aborts when two are the same."""
-    tokens = {
-        (token.partition(b"\0")[0] if b"\0" in token else token) or b"[EMPTY_%d]" % index
-        for index, token in enumerate(cursor.texts(count))
-    }
-    if len(tokens) != count:
+    tokens = cursor.texts(count)
+    distinct = set(tokens)
+    if b"\0" in b"".join(distinct) or b"" in distinct:  # it seldom is
+        seen = enumerate(token.partition(b"\0")[0] for token in tokens)
+        distinct = {token or b"[EMPTY_%d]" % index for index, token in seen}
+    if len(distinct) != count:
         raise BadGguf("a token of its vocabulary is there twice")
 
 

@@ -11,10 +11,12 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from wingman.errors import ModelLoadFailure
@@ -89,10 +91,10 @@ def check_signatures() -> None:
 
 
 def version() -> str:
-    """The installed llama-cpp-python version."""
-    from importlib import metadata  # slow to load, and not what a model waits for
-
-    return metadata.version("llama-cpp-python")
+    """The installed llama-cpp-python version, "" if it does not say."""
+    head = Path(lib.__file__).with_name("__init__.py").read_text(encoding="utf-8")  # importlib.metadata takes long
+    found = re.search(r'^__version__ = "([^"]+)"', head, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def build_info() -> str:

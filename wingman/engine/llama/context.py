@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -50,6 +51,8 @@ _STATE_HEAD_BYTES: Final = 8
 """A magic number and the slot's id, in front of what a slot file holds."""
 _SMALL_BYTES: Final = 1 << 30
 """Weights that one thread reads in no time."""
+_TIDIED_BLOCKS: Final = 32
+"""Blocks of 128 KiB."""
 _MAX_STREAMS: Final = 256
 """LLAMA_MAX_SEQ."""
 
@@ -62,16 +65,15 @@ class LlamaContext:
     """The context of a model; slot ids are its sequence ids."""
 
     def __init__(self, model: LlamaModel, config: ContextConfig, *, is_alone: bool = False) -> None:
-        """Allocate cache and compute buffers. `is_alone`: no other thread uses much memory, so that pages of the
-        new cache can be given back. Raises ModelLoadFailure when they don't fit."""
+        """Allocate cache and compute buffers. `is_alone`: no other thread allocates much, so that the cache can be
+        found and `tidy` give back what it does not use. Raises ModelLoadFailure when they don't fit."""
         params = context_params(model, config)
         mapped = anonymous_ranges() if is_alone else None
         self.handle: Any = binding.quietly(lambda: lib.llama_init_from_model(model.handle, params))
         if not self.handle:
             reason = binding.take_errors() or "out of memory?"
             raise ModelLoadFailure(f"can't make a context of {config.ctx_size} tokens: {reason}")
-        if mapped is not None:
-            release_zeros(large_allocations(mapped))
+        self._unused = release_zeros([] if mapped is None else large_allocations(mapped))
         self.memory: Any = lib.llama_get_memory(self.handle)
         if not self.memory:
             self.close()
@@ -215,6 +217,11 @@ class LlamaContext:
         lib.llama_synchronize(self.handle)
         lib.llama_set_warmup(self.handle, False)
         self._use_threads(n_threads)
+
+    def tidy(self) -> bool:
+        """Give back some of the pages that the new cache does not use yet, for a millisecond; False when none are
+        left."""
+        return sum(1 for _ in islice(self._unused, _TIDIED_BLOCKS)) == _TIDIED_BLOCKS
 
     def set_threads(self, n_threads: int) -> None:
         """Compute the next steps with so many threads, whatever their size."""

@@ -150,20 +150,16 @@ class LlamaTokenizer:
         self._vocab = vocab
         self.n_tokens = int(lib.llama_vocab_n_tokens(vocab))
         self._pieces: list[bytes | None] = [None] * self.n_tokens
-        self._eog = frozenset(
-            compress(range(self.n_tokens), map(_is_eog, repeat(vocab), range(self.n_tokens)))
-        )
 
-    @property
-    def max_piece_bytes(self) -> int:
-        """No token stands for more: its text in the vocabulary has each byte in one character at least."""
+    @functools.cached_property
+    def max_piece_bytes(self) -> int:  # noqa: D102
+        # a token's text in the vocabulary has each of its bytes in one character at least
         texts = map(_text_of, repeat(self._vocab), range(self.n_tokens))
         return max(map(len, filter(None, texts)), default=1)
 
-    @property
-    def eog_tokens(self) -> tuple[int, ...]:
-        """Every token that ends a generation."""
-        return tuple(sorted(self._eog))
+    @functools.cached_property
+    def eog_tokens(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(compress(range(self.n_tokens), map(_is_eog, repeat(self._vocab), range(self.n_tokens))))
 
     def fim_tokens(self) -> FimTokens | None:
         """The fill-in-the-middle tokens, or None when one of the three needed is missing."""
@@ -181,7 +177,7 @@ class LlamaTokenizer:
         )
 
     def is_eog(self, token: int) -> bool:  # noqa: D102
-        return token in self._eog
+        return bool(_is_eog(self._vocab, token))
 
     def piece(self, token: int, special: bool = False) -> bytes:  # noqa: D102
         if special:

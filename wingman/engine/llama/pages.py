@@ -4,8 +4,9 @@ llama.cpp fills a new cache with zeros, which makes all of it resident: 360 MiB 
 98 MB. A private anonymous page that was given back reads as zeros again when it is next touched, so nothing that
 computes sees a difference. Only pages that hold nothing but zeros are given back.
 
-For Linux with glibc; elsewhere nothing is found. Called on the thread that makes the cache, right after that, and
-only while a server starts with its one model: a thread that allocated as much meanwhile would be taken for it.
+For Linux with glibc; elsewhere nothing is found. The cache is found on the thread that makes it, right after that,
+and only while a server starts with its one model: a thread that allocated as much meanwhile would be taken for it.
+Its pages are given back later, a few at a time, on the thread that alone writes to them.
 """
 
 from __future__ import annotations
@@ -65,14 +66,12 @@ def large_allocations(before: list[Range]) -> list[Range]:
     return found
 
 
-def release_zeros(allocations: list[Range]) -> int:
-    """Give back the pages of allocations that nobody writes to now, as far as they are zeros; how many bytes that
-    were. Blocks while it looks at them: 0.15 s a gigabyte."""
-    return sum(
-        _release_block(block, min(_BLOCK_BYTES, end - block))
-        for start, end in allocations
-        for block in range(start + mmap.PAGESIZE, end, _BLOCK_BYTES)
-    )
+def release_zeros(allocations: list[Range]) -> Iterator[int]:
+    """Give back the pages of allocations that nobody writes to meanwhile, as far as they are zeros: a block at each
+    `next`, how many bytes it gave. 0.25 s a gigabyte."""
+    for start, end in allocations:
+        for block in range(start + mmap.PAGESIZE, end, _BLOCK_BYTES):
+            yield _release_block(block, min(_BLOCK_BYTES, end - block))
 
 
 def _added(after: list[Range], before: list[Range]) -> Iterator[Range]:

@@ -162,6 +162,10 @@ class LlamaRunner:
             if context is not None:
                 context.set_threads(n_threads)
 
+    def tidy(self) -> bool:
+        """Give back some of the pages that the cache does not use yet; whether there may be more."""
+        return self._context is not None and self._context.tidy()
+
     def reset(self) -> None:
         """Make a fresh context; the weights stay."""
         self._close_samplers()
@@ -221,13 +225,11 @@ class LlamaRunner:
             rerank_template=model.chat_template("rerank"),
             build=binding.build_info(),
             system_info=binding.system_info(),
-            max_piece_bytes=tokenizer.max_piece_bytes,
             can_shift=context is not None and self._can_shift(context),
             can_generate=context is not None,
             embedding=embedding,
             fim=tokenizer.fim_tokens(),
             loras=model.loras,
-            eog_tokens=tokenizer.eog_tokens,
             metadata=model.metadata(),
         )
 
