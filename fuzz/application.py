@@ -12,9 +12,10 @@ import functools
 import random
 import tempfile
 from collections.abc import Coroutine, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from protocol import Headers, parse_target
 from tests.support.runner import EOS, ScriptedRunner

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tests.support.runner import ScriptedRunner, solo_output
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
@@ -282,7 +283,7 @@ async def test_changes_that_wait_are_bounded_and_end_with_the_engine() -> None:
 
 async def test_a_model_that_only_embeds_has_no_slots_and_no_jobs() -> None:
     runner = ScriptedRunner()
-    runner.info = dataclasses.replace(runner.info, can_generate=False)
+    runner.info = structs.replace(runner.info, can_generate=False)
     engine = Engine(ModelConfig(), CONTEXT, lambda *_: runner)
     await engine.load()
     with pytest.raises(NotSupported):
@@ -294,10 +295,10 @@ async def test_a_model_that_only_embeds_has_no_slots_and_no_jobs() -> None:
 
 async def test_more_answers_than_can_ever_wait_are_refused(engine: Engine) -> None:
     first = job(engine, [1, 5])
-    forks = [dataclasses.replace(first, id=engine.new_job_id(), fork_of=first.id) for _ in range(4)]
+    forks = [structs.replace(first, id=engine.new_job_id(), fork_of=first.id) for _ in range(4)]
     with pytest.raises(InvalidRequest, match="--max-queue"):
         engine.submit(first, *forks)
-    async with engine.submit(*(dataclasses.replace(one, n_predict=3) for one in (first, forks[0]))) as stream:
+    async with engine.submit(*(structs.replace(one, n_predict=3) for one in (first, forks[0]))) as stream:
         results = await stream.results()
     assert [list(result.tokens) for result in results] == [solo_output([1, 5], 3, 64)] * 2
     assert [result.is_fork for result in results] == [False, True]

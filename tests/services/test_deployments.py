@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from tools.tinymodel import write_llama
 from wingman.config import Config, ContextConfig, ModelConfig
@@ -47,4 +47,4 @@ async def test_a_draft_model_that_is_not_there_is_an_error_for_the_model_of_the_
     found = await missing.deploy(Start("chat", REPO, PATH))
     assert (found.config.context.model_draft, found.config.context.spec_type) == (None, "auto")
     plain = await deployer(tmp_path, None).deploy(Start("chat", REPO, PATH))
-    assert dataclasses.replace(found, config=plain.config) == plain
+    assert structs.replace(found, config=plain.config) == plain

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tests.support.runner import N_VOCAB, ScriptedRunner
 from wingman.chat.template import Rendering
@@ -40,7 +40,7 @@ class Garage:
         if self.n_fit < (33 if model.n_gpu_layers < 0 else model.n_gpu_layers):
             raise ModelLoadFailure("out of memory")
         runner = ScriptedRunner()
-        runner.info = dataclasses.replace(runner.info, **self.info)
+        runner.info = structs.replace(runner.info, **self.info)
         self.runners.append(runner)
         return runner
 
@@ -197,7 +197,7 @@ async def test_biases_that_the_model_can_not_apply_are_dropped(caplog: pytest.Lo
 
 
 def render(template: str | None, **model: Any) -> str:
-    info = dataclasses.replace(ScriptedRunner().info, chat_template=template)
+    info = structs.replace(ScriptedRunner().info, chat_template=template)
     return choose_template(ModelConfig(**model), info).render(USER, Rendering())
 
 

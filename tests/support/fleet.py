@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from msgspec import structs
 
 from tests.support.runner import ScriptedRunner
 from wingman.config import Config, ContextConfig, ModelConfig, SamplingParams
@@ -28,7 +29,7 @@ class FleetRunner(ScriptedRunner):
 
     def __init__(self, fleet: Fleet, name: str) -> None:
         super().__init__(n_ctx_slot=2**20)
-        self.info = dataclasses.replace(self.info, path=f"{name}.gguf")
+        self.info = structs.replace(self.info, path=f"{name}.gguf")
         self._fleet = fleet
         self.name = name
         self.is_dying = False

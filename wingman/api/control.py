@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 import orjson
+from msgspec import Struct
 
 from wingman.api import catalog, downloads, hardware, inference, replies
 from wingman.api.events import EventsEndpoint
@@ -36,8 +36,7 @@ _LEVELS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ControlPlane:
+class ControlPlane(Struct, frozen=True):
     """What the control API works on."""
 
     inference: Inference

@@ -12,13 +12,13 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
 from typing import Any, Final
 
 import msgspec
 import orjson
+from msgspec import Struct, field
 
 from protocol import encode_event
 from wingman.api.bodies import encode_answers
@@ -159,8 +159,7 @@ _KINDS: Final[dict[type[Delta], PartKind]] = {
 }
 
 
-@dataclass(slots=True)
-class Part:
+class Part(Struct):
     """A part of an answer; of a call, the text is its arguments."""
 
     kind: PartKind

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
+from msgspec import Struct
 
 from protocol import CloseCode, offered_subprotocols, text_frame
 from wingman.api.errors import error_body
@@ -30,8 +30,7 @@ BYTES_A_TOKEN: Final = 4096
 """A message of this size counts as two: long ones are more work for everybody."""
 
 
-@dataclass(frozen=True, slots=True)
-class EventLimits:
+class EventLimits(Struct, frozen=True):
     """What clients may use."""
 
     max_monitors: int = 2048
@@ -71,8 +70,7 @@ class Allowance:
         return self._n_left >= 0
 
 
-@dataclass(frozen=True, slots=True)
-class EventsEndpoint:
+class EventsEndpoint(Struct, frozen=True):
     """Where WebSocket clients come in."""
 
     broadcast: Broadcast

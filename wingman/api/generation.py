@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct, structs
 
 from wingman.api.ranges import COUNT_OR_ALL, DRAFTING, INT32_MAX, LIMITS, Range, read_number
 from wingman.api.sampling import SamplingReader
@@ -24,8 +25,7 @@ MAX_ALL_STOP_CHARS: Final = 8192
 """Length of a stop string, and of all: what is held back is compared with them for every token."""
 
 
-@dataclass(frozen=True, slots=True)
-class JobMaker:
+class JobMaker(Struct, frozen=True):
     """Makes the jobs of requests for one model; usable from any thread."""
 
     config: Config
@@ -97,7 +97,7 @@ class JobMaker:
         if sampling.seed != RANDOM_SEED:
             seed = (sampling.seed + index) & RANDOM_SEED
             sampling = dataclasses.replace(sampling, seed=seed)
-        return dataclasses.replace(first, id=self.new_id(), sampling=sampling, fork_of=first.id, id_slot=-1)
+        return structs.replace(first, id=self.new_id(), sampling=sampling, fork_of=first.id, id_slot=-1)
 
     def _n_answers(self, fields: GenerationFields) -> int:
         for field in ("n_cmpl", "n"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from wingman.api import shapes
 from wingman.api.bodies import encode_answers
@@ -19,8 +20,7 @@ from wingman.http.messages import Answer, Response
 from wingman.services.served import ServedModel
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(Struct, frozen=True):
     """A prepared request: its jobs in the order of their answers, and the text of each one's prompt."""
 
     jobs: tuple[Job, ...]

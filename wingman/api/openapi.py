@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from wingman import __version__
 from wingman.api.ranges import LIMITS, SAMPLING
@@ -67,8 +67,7 @@ _REQUIRED: Final[dict[str, tuple[str, ...]]] = {
 _REQUIRED_PARAMETERS: Final = frozenset({"action"})
 
 
-@dataclass(frozen=True, slots=True)
-class Description:
+class Description(Struct, frozen=True):
     """What a route takes and answers. `replies` are the forms of its JSON, none when it is text; `streams`
     stands for Server-Sent Events beside them; `needs_key` is false for what anybody may ask."""
 

@@ -6,8 +6,9 @@ A number outside its range is clamped or refused as the table says, before anyth
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from wingman.errors import InvalidRequest
 
@@ -16,8 +17,7 @@ INT64_MAX: Final = 2**63 - 1
 FLOAT32_MAX: Final = 3.4028234663852886e38
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(Struct, frozen=True):
     """A number's kind and range; outside of it, `clamps` or refuse."""
 
     kind: type[int] | type[float]

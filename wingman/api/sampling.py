@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from wingman.api.ranges import FLOAT32_MAX, SAMPLING, read_number
 from wingman.api.schema import GenerationFields
@@ -25,8 +26,7 @@ MAX_INFILL_TOP_K: Final = 1024
 """The infill sampler compares candidates pairwise: a whole vocabulary takes seconds a token."""
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingReader:
+class SamplingReader(Struct, frozen=True):
     """Reads requests for one model on top of the server's defaults."""
 
     defaults: SamplingParams

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from wingman.engine.types import Finished, Job, Progress, StopType, TextDelta, Timings
 
 
-@dataclass(frozen=True, slots=True)
-class Naming:
+class Naming(Struct, frozen=True):
     """What all objects of one answer share. `created` is in Unix seconds."""
 
     id: str

@@ -6,10 +6,10 @@ are dialects over it. `prepare_turn` runs in the engine's executor, the readers 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct, structs
 
 from wingman.api.constraints import read_call_constraint, read_chat_constraint, read_chat_schema
 from wingman.api.generation import JobMaker
@@ -32,8 +32,7 @@ _DEFAULT_TOP_LOGPROBS: Final = 20
 _HISTORY_OF_TOOLS: Final = frozenset({"tool", "function"})
 
 
-@dataclass(frozen=True, slots=True)
-class Dialogue:
+class Dialogue(Struct, frozen=True):
     """How a model speaks in this request: the format of its calls, its thoughts, the tools it may call."""
 
     format: OutputFormat
@@ -58,8 +57,7 @@ class Dialogue:
         return FencedParser(parser) if self.is_json else parser
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(Struct, frozen=True):
     """A prepared request: `n` jobs for one prompt."""
 
     jobs: tuple[Job, ...]
@@ -139,7 +137,7 @@ def prepare_turn(served: ServedModel, fields: ChatRequest) -> Turn:
     fields.n_probs = _n_probs(fields)
     constraint = _constraint(served, fields, dialogue)
     jobs = maker.build_jobs(tokens, fields, constraint, _preserved(served, dialogue))
-    jobs = [dataclasses.replace(job, drops_partial_char=True) for job in jobs]
+    jobs = [structs.replace(job, drops_partial_char=True) for job in jobs]
     return Turn(tuple(jobs), prompt, fields, served, dialogue, maker.ping_interval(fields))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
+
+from msgspec import Struct
 
 _TEXT: Final = "MARKED_TEXT"
 _TOOL: Final = "marked_tool"
@@ -47,8 +48,7 @@ class Run(Protocol):
         """`variables` whose value is None are left out."""
 
 
-@dataclass(frozen=True, slots=True)
-class TemplateCaps:
+class TemplateCaps(Struct, frozen=True):
     """What a template supports; the defaults are those of one that knows roles and texts only."""
 
     string_content: bool = True
@@ -81,8 +81,7 @@ class TemplateCaps:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningMarks:
+class ReasoningMarks(Struct, frozen=True):
     """The texts around the reasoning in an answer; both empty when the template has none."""
 
     start: str = ""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from wingman.chat.template import Rendering, Template, text_of
 from wingman.errors import InvalidRequest
@@ -18,8 +19,7 @@ _MEDIA_PARTS = frozenset({"image_url", "input_image", "input_audio", "input_vide
 _OPTIONAL_TEXTS = ("reasoning_content", "name", "tool_call_id")
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(Struct, frozen=True):
     """Messages ready for a template, and the beginning of an answer to be continued, "" when none."""
 
     messages: tuple[dict[str, Any], ...]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class ContentDelta:
+class ContentDelta(Struct, frozen=True):
     """More of the content."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
+class ReasoningDelta(Struct, frozen=True):
     """More of the thoughts."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCallStart:
+class ToolCallStart(Struct, frozen=True):
     """Call `index`, counted from 0, of tool `name`; `id` is the model's, if it made one in time."""
 
     index: int
@@ -29,8 +27,7 @@ class ToolCallStart:
     id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ArgumentsDelta:
+class ArgumentsDelta(Struct, frozen=True):
     """More of the arguments of call `index`, JSON text."""
 
     index: int
@@ -40,8 +37,7 @@ class ArgumentsDelta:
 Delta = ContentDelta | ReasoningDelta | ToolCallStart | ArgumentsDelta
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedCall:
+class ParsedCall(Struct, frozen=True):
     """A whole call; `arguments` is JSON text, cut short if the answer was."""
 
     name: str
@@ -49,8 +45,7 @@ class ParsedCall:
     id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedMessage:
+class ParsedMessage(Struct, frozen=True):
     """A whole answer."""
 
     content: str = ""

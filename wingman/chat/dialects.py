@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from wingman.chat.capabilities import ReasoningMarks
 
@@ -26,8 +27,7 @@ _HARMONY: Final = ReasoningMarks(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(Struct, frozen=True):
     """The needs of a family of templates: those with all of `signs` and none of `not_signs` in the text."""
 
     signs: tuple[str, ...]

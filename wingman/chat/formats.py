@@ -8,14 +8,14 @@ is a new row. Facts from the model cards' templates and llama.cpp's tests/test-c
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 _SPECIAL_TOKEN: Final = re.compile(r"<[^<>\s=]+>|\[[A-Z_]+\]")
 
 
-@dataclass(frozen=True, slots=True)
-class Literal:
+class Literal(Struct, frozen=True):
     """One of `texts`, none of which begins with another. An optional one may be missing; grammars ask for
     it all the same unless `in_grammar` is false."""
 
@@ -24,30 +24,25 @@ class Literal:
     in_grammar: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
+class Space(Struct, frozen=True):
     """Any white space."""
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
+class Name(Struct, frozen=True):
     """The name of a tool, unquoted."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallId:
+class CallId(Struct, frozen=True):
     """An id made by the model, after `open`; both may be missing."""
 
     open: str
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(Struct, frozen=True):
     """A JSON object."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallObject:
+class CallObject(Struct, frozen=True):
     """A JSON object with the name, the arguments (under one of the keys; the first is the model's own)
     and perhaps an id."""
 
@@ -56,8 +51,7 @@ class CallObject:
     id: str = "id"
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(Struct, frozen=True):
     """Arguments one by one, as text: `before` KEY `between` VALUE `after`. A padded value has lines of its own."""
 
     before: str
@@ -69,8 +63,7 @@ class Parameters:
 Element = Literal | Space | Name | CallId | Arguments | CallObject | Parameters
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFormat:
+class OutputFormat(Struct, frozen=True):
     """`opening`, calls with `separator` between them, `closing`; each call is the elements of `call`."""
 
     name: str

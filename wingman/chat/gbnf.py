@@ -11,8 +11,9 @@ llama.cpp admits by such a reference what it then can't accept, which ends the p
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
+
+from msgspec import Struct
 
 MAX_GRAMMAR_BYTES = 262_144
 """UTF-8 text; llama.cpp's own examples stay below 3 000, a schema of the largest size gives some 200 000."""
@@ -53,8 +54,7 @@ class BadGrammar(Exception):
     """The text is no grammar, or exceeds a limit; the argument says why, in our words."""
 
 
-@dataclass(frozen=True, slots=True)
-class Grammar:
+class Grammar(Struct, frozen=True):
     """Rules by number, each a list of alternatives; `root` is the number of the start rule."""
 
     rules: list[Rule]

@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
+
+from msgspec import Struct
 
 from wingman.chat.cursor import Cursor, Markers, Steps
 from wingman.chat.deltas import (
@@ -65,8 +66,7 @@ class _Malformed(Exception):
     """What was taken for a call is none, or not any more."""
 
 
-@dataclass(slots=True)
-class _Call:
+class _Call(Struct):
     """What is known of the call being read."""
 
     name: str = ""

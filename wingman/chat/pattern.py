@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from wingman.errors import InvalidRequest
 
@@ -36,8 +37,7 @@ class _UnsupportedPattern(Exception):
     """A regular expression without an equivalent in GBNF."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(Struct, frozen=True):
     """A piece of a sequence: the inside of a literal, or GBNF text."""
 
     text: str

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final
+
+from msgspec import Struct
 
 
 class ReasoningMode(Enum):
@@ -29,8 +30,7 @@ class ReasoningMode(Enum):
         return self is not ReasoningMode.NONE
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningTags:
+class ReasoningTags(Struct, frozen=True):
     """The texts around thoughts. They are told from content at the start of an answer, or `anywhere`."""
 
     open: str

@@ -21,8 +21,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from wingman.chat.integers import integer_range
 from wingman.chat.keywords import (
@@ -81,8 +82,7 @@ _CLASS_ESCAPES = {"]": r"\]", "[": r"\[", "-": r"\-", "^": r"\x5E"}
 _ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1F]')
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+class Conversion(Struct, frozen=True):
     """Texts of rules by name; `root` is the first to match, `patterns` are those made from a pattern."""
 
     rules: dict[str, str]

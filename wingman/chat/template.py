@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from wingman.chat.capabilities import (
     ReasoningMarks,
@@ -64,8 +66,7 @@ _PATCHES: Final = (
 Message = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Rendering:
+class Rendering(Struct, frozen=True):
     """What a template is given besides the messages; `tools` are OpenAI's, `variables` the client's."""
 
     add_generation_prompt: bool = True

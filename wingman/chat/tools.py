@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
 import orjson
+from msgspec import Struct
 
 from wingman.errors import InvalidRequest
 
@@ -28,8 +28,7 @@ _NO_PARAMETERS: Final[dict[str, Any]] = {"type": "object", "properties": {}}
 Message = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
+class Tool(Struct, frozen=True):
     """A function that the model may call; `parameters` is a JSON schema of its arguments, an object."""
 
     name: str
@@ -60,8 +59,7 @@ class ToolMode(Enum):
     REQUIRED = "required"
 
 
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
+class ToolChoice(Struct, frozen=True):
     """What the model may do: `tools` are those it may call, none when the mode is NONE."""
 
     mode: ToolMode = ToolMode.NONE

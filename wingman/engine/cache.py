@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from wingman.engine.parked import ParkedSequences
 from wingman.engine.runner import TO_END, KvCopy, KvDrop, KvOp, KvPark, KvRemove, KvRestore, KvShift
 from wingman.engine.slots import Slot, common_prefix
 
 
-@dataclass(frozen=True, slots=True)
-class CacheLimits:
+class CacheLimits(Struct, frozen=True):
     """Sizes in tokens; `n_total` bounds all slots together when they share one pool (`is_unified`)."""
 
     n_slots: int
@@ -40,8 +40,7 @@ class CacheLimits:
     """Fewer tokens are computed again rather than copied or parked."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reuse:
+class Reuse(Struct, frozen=True):
     """How many prompt tokens need no evaluation, and where they came from or why there are none."""
 
     n_tokens: int

@@ -8,13 +8,14 @@ Tokenising and the like run in a small executor of the engine, which ends before
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from msgspec import structs
 
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.admission import Admission
@@ -224,7 +225,7 @@ class Engine:
             raise InvalidRequest(f"there are {self.info.n_slots} slots", "id_slot")
         if len(self._answers) > self._context.max_queue + self.info.n_slots:
             raise Overloaded("too many requests wait for slots (--max-queue)", 1)
-        job = dataclasses.replace(job, lora=self.lora_scales)
+        job = structs.replace(job, lora=self.lora_scales)
         answer = await self._ask(job.id, ChangeSlot(job))
         assert isinstance(answer, SlotChanged)
         return answer

@@ -7,11 +7,11 @@ generation is the text a non-streamed answer holds: streamed and not are equal b
 from __future__ import annotations
 
 import codecs
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """Text that may leave now, and the stop string that ended it, if one did."""
 
     text: str

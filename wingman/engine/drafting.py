@@ -9,8 +9,9 @@ draft, and never more than `MAX_TOKENS`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 MAX_TOKENS: Final = 8192
 """Tokens looked back on at most; some 150 bytes of index for each."""
@@ -23,8 +24,7 @@ MAX_MATCH: Final = 8
 _PAIR: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(Struct, frozen=True):
     """Proposed tokens. `n_match` is how many tokens before them, 2 to MAX_MATCH, stood before their source
     too: the more, the likelier they are right. 0 with no tokens."""
 
@@ -35,8 +35,7 @@ class Draft:
 NO_DRAFT: Final = Draft([], 0)
 
 
-@dataclass(frozen=True, slots=True)
-class DraftRequest:
+class DraftRequest(Struct, frozen=True):
     """Wants a draft model's guess of up to `n_max` tokens after `tokens`, the whole text of a slot: fewer where
     it gives its best guess less than `p_min`, none while it has not caught up with the text."""
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from wingman.engine.drafting import NO_DRAFT, Draft, DraftRequest, NgramDrafter
 from wingman.engine.runner import RunnerFailure
@@ -22,8 +23,7 @@ log = logging.getLogger("wingman.engine")
 AskModel = Callable[[Sequence[DraftRequest]], list[Draft]]
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(Struct, frozen=True):
     """A generating sequence and how many guesses it may get in this step."""
 
     sequence: Generating

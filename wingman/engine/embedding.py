@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from wingman.engine.types import Embedded, EmbedJob, Failed, FailureKind
 
@@ -18,8 +19,7 @@ MAX_PIECE_TOKENS: Final = 256
 """Tokens computed between two looks at what else there is to do, by models that can stop in between."""
 
 
-@dataclass(frozen=True, slots=True)
-class EmbedItem:
+class EmbedItem(Struct, frozen=True):
     """Input `index` of a job, as token ids."""
 
     job_id: int

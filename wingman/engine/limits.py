@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from wingman.engine.cache import CacheLimits
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
+class SchedulerLimits(Struct, frozen=True):
     """Sizes in tokens. `n_ctx_slot` bounds one sequence, `n_ctx_total` all of them when unified."""
 
     n_slots: int

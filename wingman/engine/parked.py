@@ -9,14 +9,14 @@ never match each other, so each tuple of scales has its own index.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
 from itertools import count
+
+from msgspec import Struct
 
 from wingman.engine.prefixes import PrefixIndex
 
 
-@dataclass(frozen=True, slots=True)
-class Parked:
+class Parked(Struct, frozen=True):
     """The saved state of one sequence: its tokens, their adapter scales and its size in bytes."""
 
     key: int

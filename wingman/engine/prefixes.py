@@ -14,9 +14,10 @@ the prompt, and with the number of entries only by the branches on the path.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
+
+from msgspec import Struct
 
 Tokens: TypeAlias = tuple[int, ...]
 
@@ -24,8 +25,7 @@ _BLOCK = 1024
 """Tokens compared at a time; larger blocks gain nothing and copy more when the first token differs."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(Struct, frozen=True):
     key: int
     tokens: Tokens
 

@@ -8,8 +8,9 @@ script a Runner, `wingman.engine.llama` is the real one. All on the engine threa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from wingman.config import SamplingParams
 from wingman.engine.drafting import Draft, DraftRequest
@@ -29,8 +30,7 @@ class RunnerFailure(Exception):
     """A batch could not be computed; the runtime is usable again after `reset`."""
 
 
-@dataclass(frozen=True, slots=True)
-class KvRemove:
+class KvRemove(Struct, frozen=True):
     """Drop the cached tokens at positions [start, end) of a slot."""
 
     slot_id: int
@@ -38,8 +38,7 @@ class KvRemove:
     end: int = TO_END
 
 
-@dataclass(frozen=True, slots=True)
-class KvShift:
+class KvShift(Struct, frozen=True):
     """Move the cached tokens at positions [start, end) of a slot by `delta` positions."""
 
     slot_id: int
@@ -48,8 +47,7 @@ class KvShift:
     delta: int
 
 
-@dataclass(frozen=True, slots=True)
-class KvCopy:
+class KvCopy(Struct, frozen=True):
     """Replace what slot `target` holds by the first `n_tokens` tokens of slot `source`."""
 
     source: int
@@ -57,16 +55,14 @@ class KvCopy:
     n_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class KvPark:
+class KvPark(Struct, frozen=True):
     """Keep a copy of a slot in host memory under `key`."""
 
     slot_id: int
     key: int
 
 
-@dataclass(frozen=True, slots=True)
-class KvRestore:
+class KvRestore(Struct, frozen=True):
     """Replace what a slot holds by the first `n_tokens` tokens parked under `key`, which stay parked."""
 
     key: int
@@ -74,8 +70,7 @@ class KvRestore:
     n_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class KvDrop:
+class KvDrop(Struct, frozen=True):
     """Free what is parked under `key`."""
 
     key: int
@@ -84,8 +79,7 @@ class KvDrop:
 KvOp = KvRemove | KvShift | KvCopy | KvPark | KvRestore | KvDrop
 
 
-@dataclass(frozen=True, slots=True)
-class SamplerStart:
+class SamplerStart(Struct, frozen=True):
     """Give a slot a fresh sampler; `history` are the prompt tokens that penalties look back on."""
 
     slot_id: int
@@ -96,8 +90,7 @@ class SamplerStart:
     post_sampling_probs: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Fork:
+class Fork(Struct, frozen=True):
     """After the step, give slot `target` a copy of slot `source`'s cache, and sample for it from the
     same logits if the source's chunk wants a sample."""
 
@@ -106,8 +99,7 @@ class Fork:
     job_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """Tokens of one slot at consecutive positions; a token is sampled after the last if asked.
 
     The last `n_draft` tokens are guesses: a token is sampled before each, and as long as it is the one
@@ -122,8 +114,7 @@ class Chunk:
     n_draft: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(Struct, frozen=True):
     """One step: cache operations first, in order, then the chunks at once, then the forks.
 
     `lora` holds the scale of each loaded adapter.
@@ -142,8 +133,7 @@ class Batch:
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
+class Samples(Struct, frozen=True):
     """What a step sampled, by slot id: a token, and more where drafts were right, in order. The grammar
     of `stuck` slots allows no further token."""
 

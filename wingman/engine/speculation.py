@@ -14,11 +14,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from wingman.engine.drafting import MAX_MATCH, Draft
 from wingman.engine.ubatches import even_pieces
@@ -197,8 +197,7 @@ class SequenceSpeculation:
         self._patience = _PATIENCE[0] if is_good else min(2 * self._patience, _PATIENCE[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """A sequence that generates and its draft: `chances` as of SequenceSpeculation, none without a draft; at
     least `n_min` tokens of it are taken or none. A forced one is taken whole."""
 

@@ -10,14 +10,14 @@ alone writes and anybody may read.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+
+from msgspec import Struct, structs
 
 from wingman.engine.cores import CORES
 from wingman.engine.embedding import EmbeddingQueue
@@ -62,8 +62,7 @@ NO_ROOM = "there is no room in the shared context for what is to be restored"
 _FAILED_STEP = "the model runtime failed on this request"
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """The model is ready."""
 
     info: ModelInfo
@@ -71,15 +70,13 @@ class Loaded:
     parts: SamplerParts
 
 
-@dataclass(frozen=True, slots=True)
-class Stopped:
+class Stopped(Struct, frozen=True):
     """The thread is at its end; `error` says why, None when it was asked to."""
 
     error: WingmanError | None
 
 
-@dataclass(frozen=True, slots=True)
-class Loading:
+class Loading(Struct, frozen=True):
     """How much of the model is loaded, 0.0 to 1.0."""
 
     progress: float
@@ -342,7 +339,5 @@ class EngineThread:
             ("embedding", embedding.n_latest),
         )
         n_changes = steps.n_changes + embedding.n_changes
-        self.snapshot = dataclasses.replace(
-            scheduler.snapshot(), threads=counts, thread_changes_total=n_changes
-        )
+        self.snapshot = structs.replace(scheduler.snapshot(), threads=counts, thread_changes_total=n_changes)
         self._snapshot_at = now

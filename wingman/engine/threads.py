@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Final
+
+from msgspec import Struct
 
 PREFILL_TOKENS: Final = 32
 """Steps of at least so many tokens count as prompts."""
@@ -62,8 +63,7 @@ DRIFT: Final = 0.05
 """How far a known size of step moves relative to the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadChoice:
+class ThreadChoice(Struct, frozen=True):
     """The end of a search: the count before, the best other one tried, the count from now on, and what steps
     like the last one take with the first two."""
 
@@ -132,8 +132,7 @@ class ThreadGovernor:
         return choice
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
+class _Step(Struct, frozen=True):
     n_tokens: int
     elapsed_s: float
     ended_at: float

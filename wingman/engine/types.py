@@ -8,7 +8,8 @@ key both sides share; events for an unknown id are dropped.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from wingman.config import SamplingParams
 
@@ -22,8 +23,7 @@ class StopType(enum.Enum):
     LIMIT = "limit"
 
 
-@dataclass(frozen=True, slots=True)
-class Constraint:
+class Constraint(Struct, frozen=True):
     """A GBNF grammar, start rule `root`, that output must match. A lazy one begins where one of the
     trigger texts or tokens appears."""
 
@@ -43,8 +43,7 @@ class DraftKind(enum.Enum):
     MODEL = "draft-simple"
 
 
-@dataclass(frozen=True, slots=True)
-class Drafting:
+class Drafting(Struct, frozen=True):
     """How tokens are guessed ahead: at most `n_max` of a sequence in a step, at least `n_min` or none; a draft
     model stops where its best guess is less likely than `p_min`."""
 
@@ -54,8 +53,7 @@ class Drafting:
     p_min: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """One prompt to be completed once. `prompt` is never empty; counts are in tokens."""
 
     id: int
@@ -98,8 +96,7 @@ class PoolingType(enum.Enum):
     RANK = 4
 
 
-@dataclass(frozen=True, slots=True)
-class EmbedJob:
+class EmbedJob(Struct, frozen=True):
     """Inputs to be embedded, as token ids."""
 
     id: int
@@ -114,8 +111,7 @@ class SlotMove(enum.Enum):
     ERASE = "erase"
 
 
-@dataclass(frozen=True, slots=True)
-class SlotJob:
+class SlotJob(Struct, frozen=True):
     """Save, restore or erase a slot once it is idle. For a restore, `state` is the runtime's
     serialised cache of `tokens`, computed with the adapter scales `lora`."""
 
@@ -130,41 +126,35 @@ class SlotJob:
 # -- commands, loop to engine ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(Struct, frozen=True):
     """Queue jobs; a fork comes after the job it shares its prompt with."""
 
     jobs: tuple[Job, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Embed:
+class Embed(Struct, frozen=True):
     """Queue inputs to be embedded."""
 
     job: EmbedJob
 
 
-@dataclass(frozen=True, slots=True)
-class ChangeSlot:
+class ChangeSlot(Struct, frozen=True):
     """Queue a change of a slot."""
 
     job: SlotJob
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(Struct, frozen=True):
     """Forget a job; it gets no further event. Unknown ids are ignored."""
 
     job_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class EndAll:
+class EndAll(Struct, frozen=True):
     """Finish every running job with what it has, and fail those still queued."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown:
+class Shutdown(Struct, frozen=True):
     """Free everything and end the thread."""
 
 
@@ -174,8 +164,7 @@ Command = Submit | Embed | ChangeSlot | Cancel | EndAll | Shutdown
 # -- events, engine to loop -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(Struct, frozen=True):
     """Durations in milliseconds and counts in tokens; derived rates follow llama-server: the first
     generated token is free, it comes from the prompt's last logits (server_slot_stats)."""
 
@@ -206,16 +195,14 @@ class Timings:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(Struct, frozen=True):
     """The job got a slot."""
 
     job_id: int
     slot_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Struct, frozen=True):
     """Prompt evaluation, for jobs that asked: `processed` of `total` tokens, `cache` of them reused."""
 
     job_id: int
@@ -225,8 +212,7 @@ class Progress:
     time_ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class TokenProb:
+class TokenProb(Struct, frozen=True):
     """A sampled token with its likeliest alternatives, likeliest first, as (token, value).
 
     Values are natural logarithms of the probability before sampling or, when the job asked for
@@ -238,8 +224,7 @@ class TokenProb:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(Struct, frozen=True):
     """New text; may be empty when a token's text is held back. `n_decoded` counts tokens so far."""
 
     job_id: int
@@ -250,8 +235,7 @@ class TextDelta:
     probs: tuple[TokenProb, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(Struct, frozen=True):
     """The job's end. `text` and `tokens` are the whole output, whatever was streamed before."""
 
     job_id: int
@@ -272,8 +256,7 @@ class Finished:
     """Whether its prompt was evaluated for another job."""
 
 
-@dataclass(frozen=True, slots=True)
-class Embedded:
+class Embedded(Struct, frozen=True):
     """The vectors of an EmbedJob as little-endian float32 bytes, one item per input: one vector, or one
     per token when nothing is pooled."""
 
@@ -281,8 +264,7 @@ class Embedded:
     vectors: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SlotChanged:
+class SlotChanged(Struct, frozen=True):
     """A SlotJob is done. `tokens` are those saved, restored or erased; `state` is what a save yields, `lora`
     the adapter scales it was computed with."""
 
@@ -300,8 +282,7 @@ class FailureKind(enum.Enum):
     UNAVAILABLE = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """The job ended without a result; `message` is fit for the client."""
 
     job_id: int
@@ -312,8 +293,7 @@ class Failed:
 JobEvent = Started | Progress | TextDelta | Finished | Embedded | SlotChanged | Failed
 
 
-@dataclass(frozen=True, slots=True)
-class SlotView:
+class SlotView(Struct, frozen=True):
     """One slot at the end of a step, for monitoring; the numbers are of its current or last job."""
 
     id: int
@@ -329,16 +309,14 @@ class SlotView:
     stopping_word: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class HistogramView:
+class HistogramView(Struct, frozen=True):
     """Counts per bucket under the bounds of `wingman.engine.stats`, +Inf last, and the sum in seconds."""
 
     counts: tuple[int, ...]
     sum_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True):
     """The engine at the end of a step. Counters only grow; times are of `time.monotonic`."""
 
     slots: tuple[SlotView, ...] = ()
@@ -368,15 +346,13 @@ class Snapshot:
     queue_wait: HistogramView | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(Struct, frozen=True):
     """Everything a step has to say to the loop: one wake-up."""
 
     events: tuple[JobEvent, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class FimTokens:
+class FimTokens(Struct, frozen=True):
     """Ids of the fill-in-the-middle tokens; -1 for a missing one of `repo` and `sep`."""
 
     prefix: int
@@ -386,8 +362,7 @@ class FimTokens:
     sep: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingInfo:
+class EmbeddingInfo(Struct, frozen=True):
     """What a model's embeddings look like; `n_max` is the longest input in tokens."""
 
     pooling: PoolingType
@@ -395,8 +370,7 @@ class EmbeddingInfo:
     n_max: int
 
 
-@dataclass(frozen=True, slots=True)
-class LoraInfo:
+class LoraInfo(Struct, frozen=True):
     """A loaded LoRA adapter and its scale at start."""
 
     path: str
@@ -404,8 +378,7 @@ class LoraInfo:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
+class ModelInfo(Struct, frozen=True):
     """What the loop may know of a loaded model; sizes are in bytes, counts in tokens."""
 
     path: str

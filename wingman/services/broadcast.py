@@ -18,10 +18,10 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import orjson
+from msgspec import Struct
 
 from protocol import CloseCode, text_frame
 from wingman.errors import InvalidRequest, Overloaded
@@ -57,8 +57,7 @@ class Sink(Protocol):
         """End the connection."""
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
+class Filter(Struct, frozen=True):
     """What a subscriber wants: events of these names (None: all), and of those that concern one model only
     the ones of `alias` (None: any)."""
 
@@ -71,8 +70,7 @@ class Filter:
         return is_named and (self.alias is None or alias is None or alias == self.alias)
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(Struct, frozen=True):
     """How much a queue may hold."""
 
     n_messages: int
@@ -85,8 +83,7 @@ BACKLOG: Final = Bounds(256, 1024**2)
 """What may wait for one subscriber."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Message:
+class Message(Struct, frozen=True, eq=False):
     """An encoded message. Equal by identity."""
 
     seq: int

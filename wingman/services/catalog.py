@@ -10,10 +10,11 @@ import asyncio
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from wingman.errors import Forbidden, NotFound, UpstreamFailure
 from wingman.services.gguf import GgufHeader
@@ -39,16 +40,14 @@ _MAX_FACTS: Final = 128
 """Repositories whose sizes are remembered."""
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(Struct, frozen=True):
     """Memory that models can take, in MB: the GPU's where there is one, else the machine's."""
 
     total: int = 0
     available: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
+class Sources(Struct, frozen=True):
     """All that the catalog shows, at one moment."""
 
     repos: tuple[RepoSummary, ...]
@@ -60,8 +59,7 @@ class Sources:
     endpoint: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(Struct, frozen=True):
     """What the Hub said of one repository, and when."""
 
     at: float

@@ -9,9 +9,10 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct, field
 
 from wingman.config import Config
 from wingman.errors import InvalidRequest, ModelLoadFailure, NotFound
@@ -28,8 +29,7 @@ MAX_ALIAS_CHARS: Final = 256
 """As much as the path of a file in a repository, which may be one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deployment:
+class Deployment(Struct, frozen=True):
     """A model that may be loaded under a name, and how."""
 
     name: str
@@ -46,8 +46,7 @@ class Deployment:
     """How many tensors there are of each type."""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(Struct, frozen=True):
     """What a model is to be started as."""
 
     alias: str

@@ -13,9 +13,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from wingman.errors import (
     Conflict,
@@ -55,8 +56,7 @@ _RETRY_AFTER_S: Final = 60
 _CANCEL_AGAIN_S: Final = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """What the flags set."""
 
     parallel: int = 2
@@ -65,16 +65,14 @@ class Limits:
     """Of all downloads together; 0: none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Enqueued:
+class Enqueued(Struct, frozen=True):
     """The answer to `enqueue`: the item, and whether that put it into the queue."""
 
     item: DownloadItem
     is_new: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
+class _Running(Struct, frozen=True):
     """A download that has a task."""
 
     task: asyncio.Task[None]

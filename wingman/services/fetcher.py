@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import msgspec
+from msgspec import Struct, field
 
 from wingman.errors import WingmanError
 from wingman.services.downloadstates import (
@@ -50,8 +50,7 @@ class Remote(Source, Protocol):
         """Close the connections."""
 
 
-@dataclass(slots=True)
-class Extent:
+class Extent(Struct):
     """How much of a download is here, and how fast the rest comes."""
 
     other_bytes: int

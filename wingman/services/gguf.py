@@ -13,9 +13,11 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from wingman.services.gguffile import (
     MAX_LAYERS,
@@ -49,8 +51,7 @@ _REQUIRED_KINDS: Final = {
 _ROPE_SCALINGS: Final = ("none", "linear", "yarn", "longrope")
 
 
-@dataclass(frozen=True, slots=True)
-class GgufHeader:
+class GgufHeader(Struct, frozen=True):
     """What a file, or a set of split files, says about itself. Counts that it does not tell are 0."""
 
     version: int

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import BinaryIO, Final
+
+from msgspec import Struct
 
 from wingman.errors import WingmanError
 
@@ -74,8 +75,7 @@ class BadGguf(WingmanError):
     """The file is no GGUF file that can be used; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Omitted:
+class Omitted(Struct, frozen=True):
     """Stands for a list or text that was too long to keep; `length` in elements or bytes."""
 
     length: int
@@ -259,8 +259,7 @@ def _scalar(kind: int, key: str) -> tuple[str, struct.Struct]:
     return _SCALARS[kind]
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """Where a tensor's data lies, in bytes from the start of all data, and what it is."""
 
     name: str

@@ -12,13 +12,13 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
 import psutil
+from msgspec import Struct
 
 _MB: Final = 2**20
 _PROC: Final = Path("/proc")
@@ -293,8 +293,7 @@ def _limits(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
                         yield limit
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
+class _Layout(Struct, frozen=True):
     """Where a version of cgroups keeps its numbers (cgroup-v1/memory, cgroup-v2 of the kernel's documentation)."""
 
     is_unified: bool

@@ -11,9 +11,10 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
+
+from msgspec import Struct
 
 from wingman.errors import ConfigurationError, InvalidRequest
 
@@ -85,8 +86,7 @@ def file_name(path: str) -> str:
     return file_path.rpartition(_SLASH)[2] if is_stored else name
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
+class Home(Struct, frozen=True):
     """Paths below the home folder."""
 
     root: Path

@@ -14,12 +14,12 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import quote
 
 import msgspec
+from msgspec import Struct
 
 from wingman import __version__
 from wingman.errors import Forbidden, InvalidRequest, NotFound, UpstreamFailure, WingmanError
@@ -72,8 +72,7 @@ class Listing(msgspec.Struct, frozen=True):
     """Unix seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class RepoFile:
+class RepoFile(Struct, frozen=True):
     """A GGUF file of a repository."""
 
     path: str
@@ -82,8 +81,7 @@ class RepoFile:
     """"" when it is not in LFS."""
 
 
-@dataclass(frozen=True, slots=True)
-class RepoFacts:
+class RepoFacts(Struct, frozen=True):
     """A repository at one commit."""
 
     summary: RepoSummary

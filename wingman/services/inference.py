@@ -8,7 +8,6 @@ and to the end. Runs on the loop; files are read elsewhere.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 import orjson
+from msgspec import structs
 
 from wingman.config import Config
 from wingman.errors import (
@@ -126,7 +126,7 @@ class Inference:
         """Start an item as it was; without a port of its own when that can't be had any more."""
         request = _start_of(item)
         try:
-            await self.start(dataclasses.replace(request, address=item.address, port=item.port))
+            await self.start(structs.replace(request, address=item.address, port=item.port))
         except Conflict as error:
             log.warning("%s gets no port of its own: %s", item.alias, error.message)
             await self.start(request)

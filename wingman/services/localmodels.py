@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
+
+from msgspec import Struct
 
 from wingman.errors import InvalidRequest
 from wingman.services.gguf import BadGguf, GgufHeader, read_parts
@@ -25,8 +26,7 @@ _MAX_DEPTH: Final = 4
 _MAX_FILES: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
+class ModelFile(Struct, frozen=True):
     """A model that lies in the models folder, whole."""
 
     repo: str

@@ -12,8 +12,9 @@ context 2 bytes with flash attention, else 4 for each head and 4 more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from wingman.services.gguf import GgufHeader
 from wingman.services.gguffile import TENSOR_TYPES
@@ -32,8 +33,7 @@ _WINDOW_PATTERNS: Final = {
 count as if they saw all, unless their headers say otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class ContextShape:
+class ContextShape(Struct, frozen=True):
     """What a context is made with; sizes in tokens, `n_ctx` of all sequences together."""
 
     n_ctx: int

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import psutil
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
@@ -24,8 +24,7 @@ from wingman.engine.types import HistogramView, Snapshot
 CONTENT_TYPE: Final = "text/plain; version=0.0.4"
 
 
-@dataclass(frozen=True, slots=True)
-class _Totals:
+class _Totals(Struct, frozen=True):
     """Token and second totals at a scrape; rates are averages since the previous one."""
 
     prompt_tokens: int = 0

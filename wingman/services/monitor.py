@@ -12,11 +12,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import orjson
+from msgspec import Struct
 
 from wingman.errors import Unavailable
 from wingman.services.broadcast import Broadcast, Subscriber
@@ -65,8 +65,7 @@ class DownloadServiceAppItem(Item, frozen=True, kw_only=True, rename="camel"):
     updated: int = 0
 
 
-@dataclass(slots=True)
-class _Announced:
+class _Announced(Struct):
     """The last message about an item, and a newer one that is held back."""
 
     status: str

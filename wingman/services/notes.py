@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from wingman.services.items import WingmanItem
 
 log = logging.getLogger("wingman.inference")
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(Struct, frozen=True):
     """An item to be stored and announced; `progress` of a load is announced only."""
 
     item: WingmanItem

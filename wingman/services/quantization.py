@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 _BITS: Final = {
     # bits per weight of a whole 8B model, from the tables of llama.cpp's tools/quantize/README.md; those that
@@ -174,8 +175,7 @@ def _base_type(quant: str) -> str:
     return (match[0] if match else quant).replace("Q8_K", "Q8_0")
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """A file, or set of split files, that could be downloaded."""
 
     file_path: str
@@ -184,8 +184,7 @@ class Candidate:
     """It needs to run; 0: unknown."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """A candidate, and the reason for it in words."""
 
     file: Candidate

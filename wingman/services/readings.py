@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
 import orjson
+from msgspec import Struct, field
 
 from wingman.engine.runner import Tokenizer
 from wingman.engine.types import HistogramView, Job, ModelInfo, SlotView, Snapshot
@@ -69,8 +69,7 @@ class EngineView(Protocol):
         """Run a function off the loop; raises Unavailable once the engine is closing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(Struct, frozen=True):
     """Where a model lies; sizes in MB."""
 
     n_gpu_layers: int = 0
@@ -82,8 +81,7 @@ class Placement:
     vram_mb: float = UNKNOWN
 
 
-@dataclass(frozen=True, slots=True)
-class MonitoredModel:
+class MonitoredModel(Struct, frozen=True):
     """A loaded model as the monitor is told of it."""
 
     alias: str

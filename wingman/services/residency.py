@@ -11,8 +11,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from wingman.engine.client import MakeRunner
 from wingman.errors import (
@@ -32,8 +33,7 @@ _SHUTTING_DOWN = "the server is shutting down"
 _LOADING = "Loading model"
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True):
     """A model has come into a state; `error` says why it left the one before, `progress` how far a load is."""
 
     name: str
@@ -58,8 +58,7 @@ class Lease:
             self._release = None
 
 
-@dataclass(slots=True)
-class _Entry:
+class _Entry(Struct):
     """What is kept of one name."""
 
     deployment: Deployment

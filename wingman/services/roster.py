@@ -12,8 +12,9 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 
 class State(enum.Enum):
@@ -74,22 +75,19 @@ TRANSITIONS: Final = {
 IN_MEMORY: Final = frozenset({State.LOADING, State.ABANDONED, State.READY, State.DRAINING, State.UNLOADING})
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(Struct, frozen=True):
     """Begin to load a model."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Unload:
+class Unload(Struct, frozen=True):
     """End what runs on a model and free it."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(Struct, frozen=True):
     """A model can't be loaded: it needs more memory than there could be."""
 
     name: str
@@ -97,8 +95,7 @@ class Refuse:
     capacity_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Keep:
+class Keep(Struct, frozen=True):
     """A model that was being drained is needed no less than others: serve it again."""
 
     name: str
@@ -107,8 +104,7 @@ class Keep:
 Action = Load | Unload | Refuse | Keep
 
 
-@dataclass(slots=True)
-class Resident:
+class Resident(Struct):
     """One known model."""
 
     name: str

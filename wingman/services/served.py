@@ -12,10 +12,10 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import orjson
+from msgspec import Struct
 
 from wingman.chat.constraint import schema_grammar
 from wingman.chat.grammar import check_grammar
@@ -34,8 +34,7 @@ MAX_CACHE_RAM_MIB: Final = 8192
 _CACHE_RAM_SHARE: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
+class ServedModel(Struct, frozen=True):
     """A loaded model with everything a request needs of it."""
 
     name: str

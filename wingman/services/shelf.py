@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from wingman.errors import InsufficientRoom
 from wingman.services.gguf import GgufHeader, read_parts
@@ -22,8 +23,7 @@ _SPARE_BYTES: Final = 64 * 1024**2
 """Left free for the database and the logs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shelved:
+class Shelved(Struct, frozen=True):
     """A model that lies in the folder with all its files."""
 
     n_bytes: int

@@ -14,9 +14,10 @@ import os
 import struct
 import tempfile
 from array import array
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from wingman.engine.types import ModelInfo
 from wingman.errors import InvalidRequest
@@ -33,8 +34,7 @@ _BAD_CHARS: Final = frozenset('/\\:*?"<>|')
 MAX_NAME_BYTES: Final = 255
 
 
-@dataclass(frozen=True, slots=True)
-class SavedSlot:
+class SavedSlot(Struct, frozen=True):
     """What a file holds."""
 
     tokens: tuple[int, ...]

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from wingman.errors import ConfigurationError, InsufficientRoom, Unavailable, WingmanError
 from wingman.services.items import DownloadItem, WingmanItem
@@ -44,8 +44,7 @@ class StoreFailure(WingmanError):
     """The database could not be read or written."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
+class _Table(Struct, frozen=True):
     """A table of version 1: what makes a row unique, and its columns with their definitions."""
 
     name: str

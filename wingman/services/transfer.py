@@ -14,9 +14,10 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, ParamSpec, Protocol, TypeVar
+
+from msgspec import Struct
 
 from wingman.errors import InsufficientRoom, WingmanError
 from wingman.services.pace import RateLimit
@@ -46,8 +47,7 @@ class Source(Protocol):
         """See `Remote.open`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
+class Patience(Struct, frozen=True):
     """When to try again, and when not any more."""
 
     max_tries: int = 5
@@ -63,8 +63,7 @@ class Patience:
         return max(pause_s * (0.5 + jitter / 2), min(asked_s, self.max_retry_after_s))
 
 
-@dataclass(slots=True)
-class Progress:
+class Progress(Struct):
     """How far a file is: written by its transfer, read by whoever reports, both on the loop."""
 
     position: int = 0

@@ -92,7 +92,9 @@ def check_signatures() -> None:
 
 def version() -> str:
     """The installed llama-cpp-python version, "" if it does not say."""
-    head = Path(lib.__file__).with_name("__init__.py").read_text(encoding="utf-8")  # importlib.metadata takes long
+    head = (
+        Path(lib.__file__).with_name("__init__.py").read_text(encoding="utf-8")
+    )  # importlib.metadata takes long
     found = re.search(r'^__version__ = "([^"]+)"', head, re.MULTILINE)
     return found[1] if found else ""
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.drafting import NO_DRAFT, Draft, DraftRequest
@@ -37,8 +37,7 @@ _FIRST_COMPARED: Final = 5
 """Texts of the tokens before are special ones that fine-tunes rename (the same place)."""
 
 
-@dataclass(slots=True)
-class _Growing:
+class _Growing(Struct):
     """A draft that grows, and the tokens to compute before the next guess."""
 
     request: DraftRequest

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from wingman.config import ContextConfig
 from wingman.engine.embedding import MAX_PIECE_TOKENS
@@ -30,8 +30,7 @@ from wingman.engine.types import EmbeddingInfo, PoolingType
 Matrix = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """Tokens of input `index` from `position` on."""
 
     index: int

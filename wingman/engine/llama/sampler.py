@@ -13,11 +13,11 @@ import ctypes
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.candidates import Candidates, likeliest
@@ -40,8 +40,7 @@ N_LIKELIEST: Final = 256
 """Tokens among which an allowed one is looked for first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(Struct, frozen=True):
     """A sampled token and its probabilities if wanted; token -1: the grammar allows none."""
 
     token: int

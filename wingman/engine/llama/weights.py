@@ -7,9 +7,10 @@ little.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from wingman.config import ModelConfig
 from wingman.engine.llama import binding
@@ -61,8 +62,7 @@ class _Watch:
         return not self.gave_up
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
+class Weights(Struct, frozen=True):
     """A loaded llama_model; whoever has it frees it."""
 
     path: Path
