@@ -95,11 +95,12 @@ def _chunks(memory: int, start: int, end: int) -> Iterator[Range]:
             return
         size = _size_at(memory, start)
         length = size & ~7
-        if size & 7 == _IS_MMAPPED and length % mmap.PAGESIZE == 0 and _LEAST_BYTES <= length <= end - start:
-            yield start, start + length
-            start += length
-        else:
+        if size & 7 != _IS_MMAPPED or length % mmap.PAGESIZE or not 0 < length <= end - start:
             start += mmap.PAGESIZE
+            continue
+        if length >= _LEAST_BYTES:
+            yield start, start + length
+        start += length
 
 
 def _size_at(memory: int, address: int) -> int:
