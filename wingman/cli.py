@@ -106,6 +106,8 @@ def _serve_with(config: Config, query: Mapping[str, str]) -> int:
 def _serve(config: Config, ignored: list[str], start: Mapping[str, str] | None = None) -> int:
     sys.setswitchinterval(_START_SWITCH_INTERVAL_S)  # here only: in other programs it is theirs to choose
     gc.disable()  # until all is loaded: nearly all of it stays
+    # numpy's linear algebra, of which nothing is used: its threads would spin while the weights load
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     preload: Preload | None = None
     listener: QueueListener | None = None
     try:
