@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from wingman.engine.llama import binding
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.weights import load_weights
 from wingman.errors import ModelLoadFailure
+
+
+def test_its_version_is_that_of_the_package() -> None:
+    assert binding.version() == metadata.version("llama-cpp-python")
 
 
 def load_nothing(calls: list[int]) -> object:

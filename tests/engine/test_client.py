@@ -147,6 +147,39 @@ class Endless(ScriptedRunner):
         return Samples({slot: [max(token, 3) for token in run] for slot, run in samples.tokens.items()})
 
 
+class Untidy(ScriptedRunner):
+    """Is never done with what can wait; notes how far it is at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tidied = threading.Event()
+        self.noted: list[int] = []
+
+    def tidy(self) -> bool:
+        time.sleep(0.001)  # as native code would, without the interpreter's lock
+        self.n_tidied += 1
+        self.tidied.set()
+        return True
+
+    def run(self, batch: Any) -> Samples:
+        self.noted.append(self.n_tidied)
+        return super().run(batch)
+
+
+async def test_what_can_wait_is_done_between_requests_alone() -> None:
+    runner = Untidy()
+    engine = Engine(ModelConfig(), CONTEXT, lambda *_: runner)
+    await engine.load()
+    for _ in range(2):
+        n_steps = len(runner.noted)
+        runner.tidied.clear()
+        assert await asyncio.to_thread(runner.tidied.wait, 10)
+        async with engine.submit(job(engine, [1, 40, 41], n_predict=20)) as stream:
+            assert len((await stream.results())[0].tokens) > 1
+        assert len(set(runner.noted[n_steps:])) == 1
+    await engine.close()
+
+
 class Gated(ScriptedRunner):
     """Waits within each batch of embeddings until it may go on."""
 

@@ -70,6 +70,20 @@ def test_older_and_smaller_allocations_are_not_found(allocation: tuple[int, list
         libc.free(small)
 
 
+def test_allocations_below_a_large_one_are_passed_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    look = pages._size_at
+    monkeypatch.setattr(pages, "_size_at", lambda memory, at: looks.append(at) or look(memory, at))
+    before = pages.anonymous_ranges()
+    blocks = [libc.malloc(size * MIB) for size in (100, 40, 30)]  # each is put below the one before
+    try:
+        assert [round((end - start) / MIB) for start, end in pages.large_allocations(before)] == [100]
+        assert len(looks) <= 3
+    finally:
+        for block in blocks:
+            libc.free(block)
+
+
 def greedy_tokens(runner: LlamaRunner) -> list[int]:
     """What a slot says after a prompt of two tokens."""
     said = [step(runner, 1, (300, 301), 0)]
