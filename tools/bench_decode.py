@@ -29,7 +29,7 @@ def decode(runner: LlamaRunner, n_sequences: int, n_prompt: int, n_steps: int) -
     sampled: Mapping[int, Sequence[int]] = {}
     for slot, start in enumerate(starts):
         prompt = Chunk(slot, slot, tokens, 0, wants_sample=True)
-        sampled = {**sampled, **runner.run(Batch((), (start,), (prompt,), 0.0)).tokens}
+        sampled = {**sampled, **_step(runner, Batch((), (start,), (prompt,), 0.0))}
     started = 0.0
     for step in range(n_steps + _N_WARM_UP):
         if step == _N_WARM_UP:
@@ -38,8 +38,13 @@ def decode(runner: LlamaRunner, n_sequences: int, n_prompt: int, n_steps: int) -
         chunks = (
             Chunk(slot, slot, tokens[-1:], position, wants_sample=True) for slot, tokens in sampled.items()
         )
-        sampled = runner.run(Batch((), (), tuple(chunks), 0.0)).tokens
+        sampled = _step(runner, Batch((), (), tuple(chunks), 0.0))
     return n_sequences * n_steps / (time.perf_counter() - started)
+
+
+def _step(runner: LlamaRunner, batch: Batch) -> Mapping[int, Sequence[int]]:
+    runner.prepare(batch)
+    return runner.run(batch).tokens
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.runner import compute
 from tools.tinycaches import N_WINDOW, write_hybrid, write_recurrent, write_window
 from tools.tinymodel import write_llama
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
@@ -115,7 +116,7 @@ class Engine:
         self._now += 1.0
         batch = self.scheduler.plan(self._now)
         if batch is not None:
-            samples = self.runner.run(batch)
+            samples = compute(self.runner, batch)
             self.scheduler.cancel(cancel)
             self.scheduler.apply(batch, samples, self._now + 0.001)
         self.scheduler.check_integrity()

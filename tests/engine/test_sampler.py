@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.runner import compute
 from wingman.chat.grammar import check_grammar
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.llama import parts as parts_module
@@ -55,7 +56,7 @@ def generate(
     tokens, position = PROMPT, 0
     kv: tuple[KvRemove, ...] = (KvRemove(0, 0), KvRemove(1, 0))
     while len(output.tokens) < n_predict:
-        samples = runner.run(Batch(kv, samplers, (Chunk(0, 1, tokens, position, True),), 0.0))
+        samples = compute(runner, Batch(kv, samplers, (Chunk(0, 1, tokens, position, True),), 0.0))
         kv, samplers, position = (), (), position + len(tokens)
         if 0 in samples.stuck:
             output.ending = "stuck"
@@ -202,7 +203,7 @@ def test_a_trigger_token_begins_the_grammar(runner: LlamaRunner) -> None:
 
 def test_probabilities_before_sampling_are_the_softmax_of_the_logits(runner: LlamaRunner) -> None:
     start = SamplerStart(0, GREEDY, PROMPT, None, 5)
-    samples = runner.run(Batch((KvRemove(0, 0),), (start,), (Chunk(0, 1, PROMPT, 0, True),), 0.0))
+    samples = compute(runner, Batch((KvRemove(0, 0),), (start,), (Chunk(0, 1, PROMPT, 0, True),), 0.0))
     assert runner._context is not None
     pointer = lib.llama_get_logits_ith(runner._context.handle, -1)
     logits = np.ctypeslib.as_array(pointer, (runner.info.n_vocab,)).astype(np.float64)
@@ -248,12 +249,12 @@ def test_forks_say_what_they_would_say_alone(runner: LlamaRunner) -> None:
     alone = {slot: generate(runner, params, n_predict=6).tokens for slot, params in seeds.items()}
     starts = tuple(SamplerStart(slot, params, PROMPT) for slot, params in seeds.items())
     kv = (KvRemove(0, 0), KvRemove(1, 0))
-    samples = runner.run(Batch(kv, starts, (Chunk(0, 1, PROMPT, 0, True),), 0.0, (Fork(0, 1, 2),)))
+    samples = compute(runner, Batch(kv, starts, (Chunk(0, 1, PROMPT, 0, True),), 0.0, (Fork(0, 1, 2),)))
     said = {slot: [*samples.tokens[slot]] for slot in seeds}
     while min(map(len, said.values())) < min(6, *map(len, alone.values())):
         at = len(PROMPT) + len(said[0]) - 1
         chunks = tuple(Chunk(slot, slot, (tokens[-1],), at, True) for slot, tokens in said.items())
-        samples = runner.run(Batch((), (), chunks, 0.0))
+        samples = compute(runner, Batch((), (), chunks, 0.0))
         for slot in seeds:
             said[slot] += samples.tokens[slot]
     for slot in seeds:

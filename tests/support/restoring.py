@@ -11,6 +11,7 @@ import struct
 import sys
 from pathlib import Path
 
+from tests.support.runner import compute
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.llama.runner import LlamaRunner
 from wingman.engine.runner import Batch, Chunk, KvRemove, SamplerStart
@@ -52,7 +53,7 @@ def step(runner: LlamaRunner, slot: int, tokens: tuple[int, ...], position: int)
     """Add tokens to a slot; the one that follows."""
     start = SamplerStart(slot, SamplingParams(temperature=0.0), ())
     chunk = Chunk(slot, 1, tokens, position, wants_sample=True)
-    return runner.run(Batch((), (start,), (chunk,), 0.0)).tokens[slot][0]
+    return compute(runner, Batch((), (start,), (chunk,), 0.0)).tokens[slot][0]
 
 
 def main(model: str, seed: str, count: str, *flags: str) -> None:
@@ -81,9 +82,9 @@ def main(model: str, seed: str, count: str, *flags: str) -> None:
         n_restored += bool(held)
         n_refused += not held
         step(runner, 1, (320,), len(held))
-        runner.run(Batch((KvRemove(1, 0),), (), (), 0.0))
+        compute(runner, Batch((KvRemove(1, 0),), (), (), 0.0))
         step(runner, 1, (320,), 0)
-        runner.run(Batch((KvRemove(1, 0), KvRemove(0, len(TOKENS) - 1)), (), (), 0.0))
+        compute(runner, Batch((KvRemove(1, 0), KvRemove(0, len(TOKENS) - 1)), (), (), 0.0))
         assert step(runner, 0, TOKENS[-1:], len(TOKENS) - 1) == following, "a neighbour has changed"
     print(f"restored {n_restored}, refused {n_refused}, unread {n_unread}")
     runner.close()

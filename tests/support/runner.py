@@ -22,6 +22,7 @@ from wingman.engine.runner import (
     KvRemove,
     KvRestore,
     KvShift,
+    Runner,
     RunnerFailure,
     SamplerStart,
     Samples,
@@ -101,6 +102,12 @@ def model_info(n_slots: int, n_ctx_slot: int, n_ctx: int | None = None) -> Model
     )  # fmt: skip
 
 
+def compute(runner: Runner, batch: Batch) -> Samples:
+    """Run a batch as the engine thread does."""
+    runner.prepare(batch)
+    return runner.run(batch)
+
+
 class ScriptedRunner:
     """Computes batches over lists of tokens. `fail_at` makes that step raise RunnerFailure."""
 
@@ -125,14 +132,16 @@ class ScriptedRunner:
         self.parts = ScriptedParts()
         self.embedded: list[int] = []
 
-    def run(self, batch: Batch) -> Samples:
-        self.n_steps += 1
-        if self.n_steps in self.fail_at:
-            raise RunnerFailure("scripted")
+    def prepare(self, batch: Batch) -> None:
         for op in batch.kv:
             self._edit(op)
             assert sum(map(len, self.cache)) <= self.n_ctx
         self.samplers |= {start.slot_id: start for start in batch.samplers}
+
+    def run(self, batch: Batch) -> Samples:
+        self.n_steps += 1
+        if self.n_steps in self.fail_at:
+            raise RunnerFailure("scripted")
         assert 0 <= batch.n_tokens <= self.n_batch
         self.n_computed += batch.n_tokens
         wanted: dict[int, Chunk] = {}

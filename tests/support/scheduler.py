@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.support.runner import ScriptedRunner, next_token
+from tests.support.runner import ScriptedRunner, compute, next_token
 from wingman.config import SamplingParams
 from wingman.engine.drafting import Draft, DraftRequest
 from wingman.engine.limits import SchedulerLimits
@@ -93,7 +93,7 @@ class Machine:
 
     def _run(self, batch: Batch, cancel: int | None) -> None:
         try:
-            samples = self.runner.run(batch)
+            samples = compute(self.runner, batch)
         except RunnerFailure as error:
             self.scheduler.fail_batch(batch, str(error))
             self.runner.reset()

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.support.runner import compute
 from tools import tinymodel
 from tools.tinymodel import BERT_N_CTX, write_bert, write_llama, write_lora
 from tools.tinyparts import CHAT_TEMPLATE, N_EMBD
@@ -41,7 +42,7 @@ def generate(runner: LlamaRunner, text: str, temperature: float, lora: tuple[flo
     position, output = 0, []
     for _ in range(N_GENERATED):
         chunks = (Chunk(0, 1, tokens, position, True),)
-        samples = runner.run(Batch((), starts, chunks, 0.0, lora=lora))
+        samples = compute(runner, Batch((), starts, chunks, 0.0, lora=lora))
         starts = ()
         position += len(tokens)
         tokens = list(samples.tokens[0])

@@ -209,8 +209,11 @@ class Runner(Protocol):
     def n_window(self) -> int:
         """A slot that holds no more tokens can drop the last ones even so."""
 
+    def prepare(self, batch: Batch) -> None:
+        """Carry out its cache operations, start its samplers. Raises RunnerFailure."""
+
     def run(self, batch: Batch) -> Samples:
-        """Compute a batch. Raises RunnerFailure."""
+        """Compute a batch that is prepared. Raises RunnerFailure."""
 
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens where

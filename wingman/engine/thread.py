@@ -197,32 +197,35 @@ class EngineThread:
         """Time that generation gets before the next piece of embeddings."""
         while True:
             is_idle = scheduler.is_idle and embeddings.is_idle
+            if is_idle:
+                self._flush(scheduler, embeddings)
             while is_idle and self._inbox.empty() and runner.tidy():
                 pass
             if not self._drain(scheduler, embeddings, wait=is_idle):
                 return
             self._change_slots(runner, scheduler)
             batch = scheduler.plan(self._clock())
-            if batch is not None:
-                samples = self._compute(runner, scheduler, batch)
+            if batch is None:
+                self._flush(scheduler, embeddings)
+            else:
+                samples = self._compute(runner, scheduler, embeddings, batch)
                 owed_s -= self._clock() - batch.planned_at
                 if not self._drain(scheduler, embeddings, wait=False):
                     return
                 if samples is not None:
                     scheduler.apply(batch, samples, self._clock())
-            elif not scheduler.is_idle and embeddings.is_idle:
+            if batch is None and not scheduler.is_idle and embeddings.is_idle:
                 time.sleep(STALL_WAIT_S)
-            self._flush(scheduler, embeddings)
             if embeddings.is_idle:
                 work = iter(())  # whoever wanted it has gone
                 continue
             if owed_s > 0 and batch is not None:
                 continue
+            self._flush(scheduler, embeddings)
             started = self._clock()
             if next(work, _DONE) is _DONE:
                 work = self._embed(runner, embeddings, is_alone=scheduler.is_idle)
             owed_s = self._clock() - started
-            self._flush(scheduler, embeddings)
 
     def _drain(self, scheduler: Scheduler, embeddings: EmbeddingQueue, *, wait: bool) -> bool:
         """Obey everything in the inbox; False once told to shut down."""
@@ -252,10 +255,15 @@ class EngineThread:
         except Empty:
             return True
 
-    def _compute(self, runner: Runner, scheduler: Scheduler, batch: Batch) -> Samples | None:
-        """Run one batch; None when it failed, which ends its jobs."""
+    def _compute(
+        self, runner: Runner, scheduler: Scheduler, embeddings: EmbeddingQueue, batch: Batch
+    ) -> Samples | None:
+        """Run one batch; None when it failed, which ends its jobs. What happened before is posted at the last
+        moment, so that the loop works on it while the step is computed and keeps nobody from the interpreter."""
         self.step_started_at = batch.planned_at
         try:
+            runner.prepare(batch)
+            self._flush(scheduler, embeddings)
             self._generation.begin(batch.n_tokens)
             samples = self._generation.run(runner, lambda: runner.run(batch))
         except RunnerFailure as error:

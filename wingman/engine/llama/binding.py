@@ -45,12 +45,31 @@ def _load() -> Any:
 
 lib: Final[Any] = _load()
 
+
+class _Quick:
+    """The functions of `lib`, called without giving up the interpreter: for those that take microseconds. To get it
+    back takes up to a switch interval while another thread is busy, and a step makes dozens of such calls."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.PyDLL(lib._lib._name)
+
+    def __getattr__(self, name: str) -> Any:
+        usual = getattr(lib, name)
+        function = self._library[name]
+        function.argtypes, function.restype = usual.argtypes, usual.restype
+        setattr(self, name, function)
+        return function
+
+
+quick: Final[Any] = _Quick()
+
 __all__ = [
     "build_info",
     "can_offload",
     "check_signatures",
     "initialize",
     "lib",
+    "quick",
     "quietly",
     "system_info",
     "take_errors",

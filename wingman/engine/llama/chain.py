@@ -9,7 +9,7 @@ their order depends on the sorting, the chain is shown them all.
 from __future__ import annotations
 
 import ctypes
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wingman.config import SamplingParams
-from wingman.engine.llama.binding import lib
+from wingman.engine.llama.binding import lib, quick
 from wingman.engine.llama.candidates import Candidates, likeliest
 from wingman.engine.llama.parts import LlamaParts, uses_dry
 
@@ -25,8 +25,8 @@ MIROSTAT_M = 100
 """Tokens Mirostat 1 estimates from, as in llama-server."""
 
 
-def is_greedy(params: SamplingParams, *, has_suppressed: bool) -> bool:
-    """Whether the chain is certain to pick the largest raw logit."""
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the chain is certain to pick the largest logit, biases added."""
     return (
         params.temperature <= 0
         and params.dynatemp_range <= 0
@@ -34,8 +34,6 @@ def is_greedy(params: SamplingParams, *, has_suppressed: bool) -> bool:
         and "temperature" in params.samplers
         and "adaptive_p" not in params.samplers
         and "infill" not in params.samplers
-        and not params.logit_bias
-        and not has_suppressed
         and not _penalises(params)
         and not (params.typical_p < 1 and "typ_p" in params.samplers)
         and not (params.xtc_probability > 0 and "xtc" in params.samplers)
@@ -55,6 +53,40 @@ MAX_FEW: Final = 512
 """Candidates up to which looking for them is cheaper than sorting them all, from 49k tokens on."""
 
 
+class Greedy:
+    """What picks the same token as a chain that takes the largest logit, without its candidates."""
+
+    def __init__(self, params: SamplingParams, vocab: Any) -> None:
+        biases: defaultdict[int, float] = defaultdict(float)
+        for token, bias in _biases(params, vocab):
+            biases[token] += bias
+        self._biased = np.array(list(biases), np.intp)
+        self._added = np.array(list(biases.values()), np.float32)
+        n_few = 1 + len(biases)
+        self.n_few = n_few if n_few <= MAX_FEW else None
+        """Allowed tokens with the largest logits among which the choice is certain to fall, None: all."""
+
+    def choose(self, logits: npt.NDArray[np.float32], candidates: Candidates) -> int:
+        """The likeliest token."""
+        if not len(self._biased):
+            return int(logits.argmax())
+        kept = logits[self._biased]
+        logits[self._biased] = kept + self._added
+        token = int(logits.argmax())
+        logits[self._biased] = kept  # others look at them too
+        return token
+
+    def few(self, logits: npt.NDArray[np.float32], n_wanted: int) -> npt.NDArray[np.intp]:
+        """At least `n_wanted` of the likeliest tokens, and all that have a bias."""
+        return np.union1d(likeliest(logits, n_wanted), self._biased)
+
+    def accept(self, token: int) -> None:
+        """Nothing depends on what was said."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 class Chain:
     """The native chain of one sequence, not for greedy parameters; `n_ctx` bounds how far penalties look
     back, in tokens, `history` is what they have seen."""
@@ -62,7 +94,7 @@ class Chain:
     def __init__(
         self, params: SamplingParams, history: Sequence[int], parts: LlamaParts, vocab: Any, n_ctx: int
     ) -> None:
-        biases = [*params.logit_bias, *((token, float("-inf")) for token in suppressed(vocab))]
+        biases = _biases(params, vocab)
         self._biased = tuple(token for token, _ in biases)
         n_back = _look_back(params, n_ctx)
         self._recent = deque(history[-n_back:] if n_back else (), maxlen=n_back)
@@ -114,18 +146,18 @@ class Chain:
 
     def _accept(self, token: int) -> None:
         for chain in (self._front, self._back):
-            lib.llama_sampler_accept(chain, token)
+            quick.llama_sampler_accept(chain, token)
 
     def close(self) -> None:
         """Free the links."""
         for chain in (self._front, self._back):
-            lib.llama_sampler_free(chain)
+            quick.llama_sampler_free(chain)
 
 
 def _chain(links: list[Any]) -> Any:
-    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    chain = quick.llama_sampler_chain_init(quick.llama_sampler_chain_default_params())
     for link in links:
-        lib.llama_sampler_chain_add(chain, link)
+        quick.llama_sampler_chain_add(chain, link)
     return chain
 
 
@@ -146,7 +178,12 @@ def _begins_with_top_k(params: SamplingParams) -> bool:
     return set(before) <= {"penalties", "dry"} | idle
 
 
-def suppressed(vocab: Any) -> list[int]:
+def _biases(params: SamplingParams, vocab: Any) -> list[tuple[int, float]]:
+    """What is added to which logits, those of tokens that the model is never to say included."""
+    return [*params.logit_bias, *((token, float("-inf")) for token in _suppressed(vocab))]
+
+
+def _suppressed(vocab: Any) -> list[int]:
     """Tokens that the model is never to say."""
     count = ctypes.c_int32(0)
     tokens = lib.llama_vocab_get_suppress_tokens(vocab, ctypes.byref(count))
@@ -165,9 +202,9 @@ def _links(
     front = []
     if biases:
         array = (lib.llama_logit_bias * len(biases))(*biases)
-        front.append(lib.llama_sampler_init_logit_bias(n_vocab, len(biases), array))
+        front.append(quick.llama_sampler_init_logit_bias(n_vocab, len(biases), array))
     if params.mirostat:
-        return front, [lib.llama_sampler_init_temp(params.temperature), _mirostat(params, n_vocab)]
+        return front, [quick.llama_sampler_init_temp(params.temperature), _mirostat(params, n_vocab)]
     back: list[Any] = []
     for name in params.samplers:
         links = back if back or name == "top_k" else front
@@ -176,7 +213,7 @@ def _links(
                 links.append(parts.dry(params))
         elif name != "adaptive_p":
             if name == "infill":
-                links.append(lib.llama_sampler_init_top_k(MAX_INFILL))
+                links.append(quick.llama_sampler_init_top_k(MAX_INFILL))
             links.append(_link(name, params, vocab, n_vocab, n_ctx))
     back.append(_last_link(params))
     return front, back
@@ -184,43 +221,43 @@ def _links(
 
 def _last_link(params: SamplingParams) -> Any:
     if "adaptive_p" in params.samplers:
-        return lib.llama_sampler_init_adaptive_p(params.adaptive_target, params.adaptive_decay, params.seed)
-    return lib.llama_sampler_init_dist(params.seed)
+        return quick.llama_sampler_init_adaptive_p(params.adaptive_target, params.adaptive_decay, params.seed)
+    return quick.llama_sampler_init_dist(params.seed)
 
 
 def _mirostat(params: SamplingParams, n_vocab: int) -> Any:
     if params.mirostat == 1:
-        return lib.llama_sampler_init_mirostat(
+        return quick.llama_sampler_init_mirostat(
             n_vocab, params.seed, params.mirostat_tau, params.mirostat_eta, MIROSTAT_M
         )
-    return lib.llama_sampler_init_mirostat_v2(params.seed, params.mirostat_tau, params.mirostat_eta)
+    return quick.llama_sampler_init_mirostat_v2(params.seed, params.mirostat_tau, params.mirostat_eta)
 
 
 def _link(name: str, params: SamplingParams, vocab: Any, n_vocab: int, n_ctx: int) -> Any:
     match name:
         case "penalties":
             last_n = n_ctx if params.repeat_last_n < 0 else min(params.repeat_last_n, n_ctx)
-            return lib.llama_sampler_init_penalties(
+            return quick.llama_sampler_init_penalties(
                 n_vocab, last_n, params.repeat_penalty, params.frequency_penalty, params.presence_penalty
             )
         case "top_n_sigma":
-            return lib.llama_sampler_init_top_n_sigma(params.top_n_sigma)
+            return quick.llama_sampler_init_top_n_sigma(params.top_n_sigma)
         case "top_k":
-            return lib.llama_sampler_init_top_k(params.top_k)
+            return quick.llama_sampler_init_top_k(params.top_k)
         case "typ_p":
-            return lib.llama_sampler_init_typical(params.typical_p, params.min_keep)
+            return quick.llama_sampler_init_typical(params.typical_p, params.min_keep)
         case "top_p":
-            return lib.llama_sampler_init_top_p(params.top_p, params.min_keep)
+            return quick.llama_sampler_init_top_p(params.top_p, params.min_keep)
         case "min_p":
-            return lib.llama_sampler_init_min_p(params.min_p, params.min_keep)
+            return quick.llama_sampler_init_min_p(params.min_p, params.min_keep)
         case "xtc":
-            return lib.llama_sampler_init_xtc(
+            return quick.llama_sampler_init_xtc(
                 params.xtc_probability, params.xtc_threshold, params.min_keep, params.seed
             )
         case "temperature":
-            return lib.llama_sampler_init_temp_ext(
+            return quick.llama_sampler_init_temp_ext(
                 params.temperature, params.dynatemp_range, params.dynatemp_exponent
             )
         case "infill":
-            return lib.llama_sampler_init_infill(vocab)
+            return quick.llama_sampler_init_infill(vocab)
     raise ValueError(f"no sampler is called {name}")

@@ -16,7 +16,7 @@ from wingman.config import ContextConfig
 from wingman.engine.cores import CORES
 from wingman.engine.llama import binding
 from wingman.engine.llama.batch import TokenBatch
-from wingman.engine.llama.binding import lib
+from wingman.engine.llama.binding import lib, quick
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.pages import anonymous_ranges, large_allocations, release_zeros
 from wingman.engine.runner import (
@@ -93,7 +93,7 @@ class LlamaContext:
         """Apply one cache operation. Raises RunnerFailure when the cache can't do it."""
         match op:
             case KvRemove(slot_id, start, end):
-                if not lib.llama_memory_seq_rm(self.memory, slot_id, start, end):
+                if not quick.llama_memory_seq_rm(self.memory, slot_id, start, end):
                     raise RunnerFailure("the cache can't forget a part of a sequence")
             case KvShift(slot_id, start, end, delta):
                 lib.llama_memory_seq_add(self.memory, slot_id, start, end, delta)
@@ -103,7 +103,7 @@ class LlamaContext:
                 self._parked[key] = self._read(slot_id)
             case KvRestore(key, slot_id, n_tokens):
                 self._write(self._parked[key], slot_id)
-                lib.llama_memory_seq_rm(self.memory, slot_id, n_tokens, -1)
+                quick.llama_memory_seq_rm(self.memory, slot_id, n_tokens, -1)
             case KvDrop(key):
                 del self._parked[key]
 
@@ -112,14 +112,14 @@ class LlamaContext:
         goes through memory, which takes as long as what the slot holds, where llama_memory_seq_cp copies
         all it could hold, and only at the next step."""
         if self._is_unified:
-            lib.llama_memory_seq_rm(self.memory, target, -1, -1)
-            lib.llama_memory_seq_cp(self.memory, source, target, 0, n_tokens)
+            quick.llama_memory_seq_rm(self.memory, target, -1, -1)
+            quick.llama_memory_seq_cp(self.memory, source, target, 0, n_tokens)
             return
         self._write(self._read(source), target)
-        lib.llama_memory_seq_rm(self.memory, target, n_tokens, -1)
+        quick.llama_memory_seq_rm(self.memory, target, n_tokens, -1)
 
     def _read(self, slot_id: int) -> SlotState:
-        size = lib.llama_state_seq_get_size(self.handle, slot_id)
+        size = self.slot_bytes(slot_id)
         buffer = np.empty(size, np.uint8)
         n_bytes = lib.llama_state_seq_get_data(self.handle, _bytes_of(buffer), size, slot_id)
         if n_bytes != size:
@@ -127,7 +127,7 @@ class LlamaContext:
         return buffer
 
     def _write(self, state: SlotState, slot_id: int) -> None:
-        lib.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
+        quick.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
         n_bytes = lib.llama_state_seq_set_data(self.handle, _bytes_of(state), len(state), slot_id)
         if n_bytes != len(state):
             raise RunnerFailure("the state of a sequence could not be written")
@@ -141,6 +141,7 @@ class LlamaContext:
         last = [self._add(chunk) for chunk in batch.chunks]
         if last:
             code = lib.llama_decode(self.handle, self._batch.native())
+            lib.llama_synchronize(self.handle)  # a GPU may be at it still, and logits are asked for quickly
             if code:
                 raise RunnerFailure(f"llama_decode returned {code}: {binding.take_errors()}")
         return last
@@ -154,12 +155,12 @@ class LlamaContext:
 
     def fork(self, fork: Fork) -> None:
         """Copy all a slot holds to an empty one."""
-        n_tokens = int(lib.llama_memory_seq_pos_max(self.memory, fork.source)) + 1
+        n_tokens = int(quick.llama_memory_seq_pos_max(self.memory, fork.source)) + 1
         self._copy(fork.source, fork.target, n_tokens)
 
     def slot_bytes(self, slot_id: int) -> int:
         """What `edit_cache` would take to park a slot."""
-        return int(lib.llama_state_seq_get_size(self.handle, slot_id))
+        return int(quick.llama_state_seq_get_size(self.handle, slot_id))
 
     def set_lora(self, adapters: Sequence[Any], scales: tuple[float, ...]) -> None:
         """Apply adapters with these scales from the next step on; none beyond the end of `scales`."""

@@ -88,14 +88,18 @@ class LlamaRunner:
         """A slot that holds no more tokens can drop the last ones even so."""
         return 0 if self._model.is_recurrent else int(lib.llama_model_n_swa(self._model.handle))
 
-    def run(self, batch: Batch) -> Samples:
-        """Compute a batch and sample. Raises RunnerFailure."""
+    def prepare(self, batch: Batch) -> None:
+        """Bring cache and samplers into the state that a batch begins with. Raises RunnerFailure."""
         context = self._generating()
         for op in batch.kv:
             context.edit_cache(op)
         for start in batch.samplers:
             self._start_sampler(start)
         context.set_lora(self._model.adapters, batch.lora)
+
+    def run(self, batch: Batch) -> Samples:
+        """Compute a batch that is prepared, and sample. Raises RunnerFailure."""
+        context = self._generating()
         last = context.decode(batch)
         wanted = {
             chunk.slot_id: (index, chunk.tokens[len(chunk.tokens) - chunk.n_draft :])

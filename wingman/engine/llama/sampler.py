@@ -1,7 +1,7 @@
 """One sampler per slot: the chain llama-server builds, a grammar, probabilities.
 
-Engine thread only. A chain that would always pick the likeliest token is replaced by an argmax over
-the logits, which gives the same token.
+Engine thread only. A chain that would always pick the likeliest token is replaced by `Greedy`, which gives the
+same token.
 
 A grammar is asked last: the chain draws, and only when the grammar forbids the token the draw is
 repeated among those that it allows (common_sampler_sample).
@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from wingman.engine.llama.binding import lib
+from wingman.engine.llama.binding import quick
 from wingman.engine.llama.candidates import Candidates, likeliest
-from wingman.engine.llama.chain import Chain, is_greedy, suppressed
+from wingman.engine.llama.chain import Chain, Greedy, is_greedy
 from wingman.engine.llama.grammar import Grammar
 from wingman.engine.llama.parts import LlamaParts
 from wingman.engine.llama.trigger import Speller, Trigger
@@ -63,6 +63,7 @@ class Sampler:
         n_ctx: int,
     ) -> None:
         self._n_slow = 0
+        self._is_closed = False
         self._n_probs = start.n_probs
         self._is_post = start.post_sampling_probs
         self._candidates = candidates
@@ -72,9 +73,11 @@ class Sampler:
             self._grammar = parts.grammar(start.constraint, candidates)
             if start.constraint.is_lazy:
                 self._trigger = Trigger(start.constraint, tokenizer)
-        self._chain: Chain | None = None
-        if not is_greedy(start.params, has_suppressed=bool(suppressed(vocab))):
-            self._chain = Chain(start.params, start.history, parts, vocab, n_ctx)
+        self._chain: Chain | Greedy = (
+            Greedy(start.params, vocab)
+            if is_greedy(start.params)
+            else Chain(start.params, start.history, parts, vocab, n_ctx)
+        )
 
     def draw(self, context: Any, index: int) -> Draw:
         """The next token from the logits of batch position `index`; the sampler remembers it."""
@@ -88,8 +91,7 @@ class Sampler:
             if self._n_slow > MAX_SLOW_DRAWS or not grammar.allows(token):
                 return Draw(-1)
         prob = self._prob_after(token) if self._is_post else self._prob_before(token, logits)
-        if self._chain is not None:
-            self._chain.accept(token)
+        self._chain.accept(token)
         if grammar is not None:
             grammar.accept(token)
         elif self._trigger is not None:
@@ -124,13 +126,13 @@ class Sampler:
             self._grammar = None
 
     def _logits(self, context: Any, index: int) -> npt.NDArray[np.float32]:
-        logits = lib.llama_get_logits_ith(context, index)
+        logits = quick.llama_get_logits_ith(context, index)
         address = ctypes.addressof(logits.contents)
         row: Any = (ctypes.c_float * self._candidates.n_vocab).from_address(address)
         return np.frombuffer(row, dtype=np.float32)
 
     def _choose(self, logits: npt.NDArray[np.float32]) -> int:
-        return int(logits.argmax()) if self._chain is None else self._chain.choose(logits, self._candidates)
+        return self._chain.choose(logits, self._candidates)
 
     def _permitted(self, logits: npt.NDArray[np.float32], grammar: Grammar) -> npt.NDArray[np.float32]:
         """The logits, -inf for what the grammar forbids and for what would not be chosen anyway."""
@@ -146,10 +148,10 @@ class Sampler:
     ) -> npt.NDArray[np.int32] | None:
         """Allowed tokens among which the choice is certain to fall; None when that takes all of them, also
         because two are equally likely (`Candidates.has_tie`)."""
-        n_few, find = (1, likeliest) if self._chain is None else (self._chain.n_few, self._chain.few)
+        n_few = self._chain.n_few
         if n_few is None:
             return None
-        allowed = grammar.among(find(logits, max(N_LIKELIEST, 2 * n_few)))
+        allowed = grammar.among(self._chain.few(logits, max(N_LIKELIEST, 2 * n_few)))
         is_certain = len(allowed) >= n_few and len(np.unique(logits[allowed])) == len(allowed)
         return allowed if is_certain else None
 
@@ -170,7 +172,7 @@ class Sampler:
         """What the samplers left, zeros dropped."""
         if not self._n_probs:
             return None
-        if self._chain is None:
+        if isinstance(self._chain, Greedy):
             return TokenProb(token, 1.0, ((token, 1.0),))
         left = self._candidates.left
         own = float(left["p"][self._candidates.chosen])
@@ -180,10 +182,12 @@ class Sampler:
 
     def close(self) -> None:
         """Free the chain and the grammar."""
-        for part in (self._chain, self._grammar):
-            if part is not None:
-                part.close()
-        self._chain = self._grammar = None
+        if not self._is_closed:
+            self._is_closed = True
+            self._chain.close()
+        if self._grammar is not None:
+            self._grammar.close()
+            self._grammar = None
 
 
 def draw_all(context: Any, wanted: Sequence[tuple[Sampler, int, Sequence[int]]]) -> list[tuple[Draw, ...]]:
