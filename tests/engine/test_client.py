@@ -335,3 +335,30 @@ async def test_more_answers_than_can_ever_wait_are_refused(engine: Engine) -> No
         results = await stream.results()
     assert [list(result.tokens) for result in results] == [solo_output([1, 5], 3, 64)] * 2
     assert [result.is_fork for result in results] == [False, True]
+
+
+class Hanging(ScriptedRunner):
+    """Stays in its second step until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on = threading.Event()
+
+    def run(self, batch: Any) -> Samples:
+        if self.n_steps:
+            assert self.may_go_on.wait(10)
+        return super().run(batch)
+
+
+async def test_what_a_step_gave_is_heard_while_the_next_one_is_computed() -> None:
+    runner = Hanging()
+    engine = Engine(ModelConfig(), CONTEXT, lambda *_: runner)
+    await engine.load()
+    async with engine.submit(job(engine, [1, 40, 41], n_predict=3, stream=True)) as stream:
+        async with asyncio.timeout(10):
+            async for event in stream:
+                if isinstance(event, TextDelta):
+                    break
+        assert not runner.may_go_on.is_set()
+        runner.may_go_on.set()
+    await engine.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -278,3 +281,21 @@ def test_a_broken_grammar_is_an_invalid_request_and_not_kept(runner: LlamaRunner
     with pytest.raises(InvalidRequest, match="grammar"):
         runner.parts.prepare(GREEDY, Constraint("root ::= ("))
     assert len(runner.parts._kept) == n_kept
+
+
+# -- biases -----------------------------------------------------------------------------------------
+
+
+def test_greedy_with_biases_says_what_the_chain_says(runner: LlamaRunner) -> None:
+    plain = generate(runner, GREEDY, n_predict=12).tokens
+    rng = random.Random(7)
+    for _ in range(20):
+        forbidden = [(token, -math.inf) for token in rng.sample(plain, 2)]
+        others = [(rng.randrange(runner.info.n_vocab), rng.uniform(-20, 20)) for _ in range(6)]
+        biases = tuple(forbidden + others + others[:1])
+        greedy = dataclasses.replace(GREEDY, logit_bias=biases)
+        # a temperature this low leaves the chain one token, and takes the long way
+        chain = dataclasses.replace(greedy, temperature=1e-6, top_k=0, min_p=0.0, top_p=1.0)
+        said = generate(runner, greedy, n_predict=12, n_probs=3)
+        assert said.tokens == generate(runner, chain, n_predict=12).tokens
+        assert not {token for token, _ in forbidden} & set(said.tokens)
