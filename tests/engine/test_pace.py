@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wingman.engine.pace import TILE_TOKENS, PrefillPace
+from wingman.engine.pace import TILE_TOKENS, PrefillPace, piece_of
 
 
 def test_alone_a_prompt_takes_a_whole_batch() -> None:
@@ -30,30 +30,9 @@ def test_a_slow_machine_takes_a_tile_unless_that_is_far_too_long() -> None:
     assert slow.budget(1) < TILE_TOKENS
 
 
-def test_a_long_prompt_leaves_gaps_no_longer_than_pay() -> None:
-    pace = PrefillPace(2048, 512, 0.25)
-    pace.observe(200, 0.2)
-    pace.observe(3, 0.01)
-    assert pace.piece(240, 247, 3, is_first=True) == 240  # one step, whatever its size
-    assert pace.piece(1800, 247, 3, is_first=True) == TILE_TOKENS + 1
-    assert pace.piece(1800, 247, 0, is_first=True) == 3 * TILE_TOKENS + 1
-    fast = PrefillPace(2048, 512, 0.25)
-    fast.observe(500, 0.05)
-    fast.observe(3, 0.005)  # a pass costs as much as a tile: four of them share one
-    assert fast.piece(1800, 509, 3, is_first=True) == 4 * TILE_TOKENS + 1
-
-
-@given(
-    n_left=st.integers(1, 1000),
-    budget=st.integers(1, 600),
-    n_decoding=st.integers(0, 8),
-    is_first=st.booleans(),
-)
-def test_pieces_are_whole_tiles_or_the_rest(
-    n_left: int, budget: int, n_decoding: int, is_first: bool
-) -> None:
-    pace = PrefillPace(2048, 512, 0.25)
-    piece = pace.piece(n_left, budget, n_decoding, is_first=is_first)
+@given(n_left=st.integers(1, 1000), budget=st.integers(1, 600), is_first=st.booleans())
+def test_pieces_are_whole_tiles_or_the_rest(n_left: int, budget: int, is_first: bool) -> None:
+    piece = piece_of(n_left, budget, is_first=is_first)
     assert 0 <= piece <= min(n_left, budget)
     assert piece or not is_first
     assert piece in (0, n_left) or piece % TILE_TOKENS == 1 or (is_first and budget <= TILE_TOKENS)

@@ -3,21 +3,14 @@
 Attention over a long context is computed in tiles of 64 queries where there are so many, else at half the
 speed (ggml_fa_tile_config). So beside others a prompt takes whole tiles, and one token more: the first one
 is computed together with those of the others (llama_batch_allocr::split_equal).
-
-A prompt that fits into a step is computed in one. A longer one holds the others up in many steps, so it takes
-only as many tiles at a time as keep the others' own passes a small part of the work.
 """
 
 from __future__ import annotations
-
-import math
 
 TILE_TOKENS = 64
 """Pieces of prompts come in multiples of this, and take one of it until the speed is known."""
 MIN_MEASURED_TOKENS = 32
 """Smaller steps tell nothing about the speed of prompts."""
-PASS_SHARE = 0.25
-"""What the passes of those who generate may cost a long prompt, as a share of its own time."""
 SLOW_PREFILL_TOKENS = 32
 """Least prompt tokens of a step, where a tile takes more than three times as long as a step may."""
 
@@ -30,13 +23,10 @@ class PrefillPace:
         self._n_ubatch = n_ubatch
         self._max_step_s = max_step_s
         self._rate = 0.0
-        self._pass_s = 0.0
 
     def observe(self, n_tokens: int, elapsed_s: float) -> None:
-        """A step took so long; small ones tell nothing about prompts, but what a pass costs."""
-        if n_tokens < MIN_MEASURED_TOKENS:
-            self._pass_s = elapsed_s if not self._pass_s else 0.8 * self._pass_s + 0.2 * elapsed_s
-        elif elapsed_s > 0:
+        """A step took so long; small ones tell nothing about prompts."""
+        if n_tokens >= MIN_MEASURED_TOKENS and elapsed_s > 0:
             rate = n_tokens / elapsed_s
             self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
 
@@ -49,13 +39,11 @@ class PrefillPace:
         is_slow = self._rate and 3 * affordable < TILE_TOKENS
         return min(SLOW_PREFILL_TOKENS if is_slow else max(affordable, TILE_TOKENS + 1), most)
 
-    def piece(self, n_left: int, budget: int, n_decoding: int, *, is_first: bool) -> int:
-        """How much of a prompt with `n_left` tokens to take: all, or whole tiles and one; less only of the first
-        prompt of a step."""
-        n_tiles = (budget - 1) // TILE_TOKENS
-        if n_left <= budget or (is_first and not n_tiles):
-            return min(n_left, budget)
-        if n_decoding:
-            worth = self._rate * self._pass_s / PASS_SHARE / TILE_TOKENS
-            n_tiles = min(n_tiles, max(1, math.ceil(worth)))
-        return n_tiles * TILE_TOKENS + 1 if n_tiles > 0 else 0
+
+def piece_of(n_left: int, budget: int, *, is_first: bool) -> int:
+    """How much of a prompt with `n_left` tokens to take: all, or whole tiles and one; less only of the first
+    prompt of a step."""
+    n_tiles = (budget - 1) // TILE_TOKENS
+    if n_left <= budget or (is_first and not n_tiles):
+        return min(n_left, budget)
+    return n_tiles * TILE_TOKENS + 1 if n_tiles > 0 else 0

@@ -24,7 +24,7 @@ from wingman.engine.drafts import AskModel, Drafts, Opening
 from wingman.engine.lifecycle import JobMove, JobState
 from wingman.engine.limits import SchedulerLimits
 from wingman.engine.occupancy import UNIFIED_RESERVE_TOKENS, Occupancy
-from wingman.engine.pace import PrefillPace
+from wingman.engine.pace import PrefillPace, piece_of
 from wingman.engine.runner import Batch, Chunk, Fork, SamplerStart, Samples, Vocabulary
 from wingman.engine.sequence import Sequence
 from wingman.engine.slotjobs import SlotJobs
@@ -294,8 +294,7 @@ class Scheduler:
     def _plan_prefill(self, chunks: list[Chunk]) -> tuple[tuple[SamplerStart, ...], tuple[Fork, ...]]:
         samplers: list[SamplerStart] = []
         forks: list[Fork] = []
-        n_decoding = sum(len(chunk.tokens) for chunk in chunks)
-        budget = self._pace.budget(n_decoding)
+        budget = self._pace.budget(sum(len(chunk.tokens) for chunk in chunks))
         n_generating = self._occupancy.n_generating
         n_reserved = n_generating * UNIFIED_RESERVE_TOKENS
         due = [sequence for sequence in self._jobs.values() if self._is_due(sequence, JobState.PREFILL)]
@@ -307,7 +306,7 @@ class Scheduler:
                 if not chunks and not n_generating:
                     self._give_way(sequence)
                 break
-            n_tokens = self._pace.piece(sequence.n_prompt_left, budget, n_decoding, is_first=not n_planned)
+            n_tokens = piece_of(sequence.n_prompt_left, budget, is_first=not n_planned)
             if not n_tokens:
                 break
             chunk = self._plan_prompt(sequence, n_tokens)
