@@ -47,6 +47,45 @@ def test_a_long_prompt_never_stops_a_generation() -> None:
             assert any(chunk.job_id == 1 for chunk in batch.chunks)
 
 
+def prompt_steps(machine: Machine) -> dict[int, int]:
+    """In which step the prompt of each job was complete."""
+    return {
+        chunk.job_id: index
+        for index, batch in enumerate(machine.batches)
+        for start in batch.samplers
+        for chunk in batch.chunks
+        if chunk.slot_id == start.slot_id
+    }
+
+
+def test_short_prompts_wait_a_step_for_slots_that_become_free() -> None:
+    machine = Machine(n_slots=2)
+    machine.add(1, [1, 5], n_predict=4)
+    machine.step()
+    machine.add(2, [1, 6], n_predict=4)  # one step behind
+    machine.add(3, [1, 7], n_predict=4)
+    machine.add(4, [1, 8], n_predict=4)
+    machine.run()
+    steps = prompt_steps(machine)
+    assert steps[2] == steps[1] + 1
+    assert steps[3] == steps[4], "the slot of 2 becomes free a step after that of 1"
+
+
+def test_a_prompt_waits_for_others_only_once() -> None:
+    machine = Machine(n_slots=3)
+    machine.add(1, [1, 5], n_predict=4)
+    machine.step()
+    machine.add(2, [1, 6], n_predict=4)
+    machine.step()
+    machine.add(3, [1, 7], n_predict=4)
+    for job_id in (4, 5, 6):
+        machine.add(job_id, [1, 8 + job_id], n_predict=4)
+    machine.run()
+    steps = prompt_steps(machine)
+    assert steps[1] + 1 == steps[2] == steps[3] - 1
+    assert steps[4] == steps[5] == steps[6] - 1
+
+
 @pytest.mark.parametrize("when", ["queued", "prefill", "between run and apply", "decode"])
 def test_cancel_frees_the_slot_within_one_step(when: str) -> None:
     machine = Machine(n_slots=1, n_batch=4)

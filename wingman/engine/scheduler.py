@@ -298,6 +298,8 @@ class Scheduler:
         n_generating = self._occupancy.n_generating
         n_reserved = n_generating * UNIFIED_RESERVE_TOKENS
         due = [sequence for sequence in self._jobs.values() if self._is_due(sequence, JobState.PREFILL)]
+        if self._gathers(due, chunks, budget):
+            return (), ()
         for n_planned, sequence in enumerate(due):  # in order of arrival
             if budget <= 0:
                 break
@@ -318,6 +320,19 @@ class Scheduler:
                 if chunk.wants_sample:
                     samplers += map(_sampler_start, group)
         return tuple(samplers), tuple(forks)
+
+    def _gathers(self, due: list[Sequence], chunks: list[Chunk], budget: int) -> bool:
+        """Whether short prompts let this step pass, once, because slots become free in it for queued ones:
+        together they cost little more than apart, and who starts together ends together."""
+        if not self._queue or not due or any(sequence.has_waited for sequence in due):
+            return False
+        if 2 * sum(sequence.n_prompt_left for sequence in due) > budget:
+            return False
+        if not any(self._jobs[chunk.job_id].is_at_last_token for chunk in chunks):
+            return False
+        for sequence in due:
+            sequence.has_waited = True
+        return True
 
     def _plan_prompt(self, sequence: Sequence, n_tokens: int) -> Chunk:
         """The next tokens of a prompt; after the last a token is sampled, unless that was done before a

@@ -32,6 +32,8 @@ class Sequence:
         self.is_preempted = False
         self.is_settled = False
         """Whether it has taken over the longest cached prefix; until then its slot holds something else."""
+        self.has_waited = False
+        """Whether it let a step pass already, to be evaluated together with others."""
         self.awaited: tuple[Sequence, int] | None = None
         """Who is about to compute so many tokens that begin this prompt too."""
         self.n_processed = 0
@@ -108,6 +110,11 @@ class Sequence:
     def n_prompt_left(self) -> int:
         """Tokens still to be evaluated before the next is sampled."""
         return len(self.prompt) - self.n_filled
+
+    @property
+    def is_at_last_token(self) -> bool:
+        """Whether the next token is the last that was asked for."""
+        return len(self.output) == self.job.n_predict - 1
 
     def follow(self, leader: Sequence) -> None:
         """Wait for `leader` to evaluate the prompt that both have."""
