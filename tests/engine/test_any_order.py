@@ -111,6 +111,11 @@ class AnyOrder(RuleBasedStateMachine):
         if self.machine.step(fails=True) is not None:
             self.n_failed_steps += 1
 
+    @precondition(lambda self: self.n_ids > 12)
+    @rule()
+    def fail_aside(self) -> None:
+        self.machine.fail_aside()
+
     @precondition(lambda self: self.n_ids)
     @rule(data=st.data(), during=st.booleans())
     def cancel(self, data: st.DataObject, during: bool) -> None:
@@ -247,6 +252,18 @@ class AnyOrderGuessed(AnyOrder):
     drafting = Drafting(DraftKind.MODEL, n_max=4)
 
 
+class AnyOrderAside(AnyOrder):
+    """Long prompts are computed outside their slots while others generate."""
+
+    limits = {"can_pause": True, "min_shared": 2, "parked_bytes": 400}
+
+
+class AnyOrderAsideGuessed(AnyOrderAside):
+    """The same, and tokens are guessed ahead."""
+
+    drafting = Drafting(DraftKind.MODEL, n_max=4)
+
+
 class AnyOrderUnifiedGuessed(AnyOrderUnified):
     """The same where room is short."""
 
@@ -257,7 +274,7 @@ class AnyOrderUnifiedGuessed(AnyOrderUnified):
 SETTINGS = settings(max_examples=80, stateful_step_count=40, deadline=None, report_multiple_bugs=False)
 for case in (
     AnyOrder, AnyOrderUnified, AnyOrderNoRollback, AnyOrderWindow, AnyOrderShared, AnyOrderUnifiedShared,
-    AnyOrderGuessed, AnyOrderUnifiedGuessed,
+    AnyOrderGuessed, AnyOrderUnifiedGuessed, AnyOrderAside, AnyOrderAsideGuessed,
 ):  # fmt: skip
     case.TestCase.settings = SETTINGS
 TestAnyOrder = AnyOrder.TestCase
@@ -267,4 +284,6 @@ TestAnyOrderWindow = AnyOrderWindow.TestCase
 TestAnyOrderShared = AnyOrderShared.TestCase
 TestAnyOrderUnifiedShared = AnyOrderUnifiedShared.TestCase
 TestAnyOrderGuessed = AnyOrderGuessed.TestCase
+TestAnyOrderAside = AnyOrderAside.TestCase
+TestAnyOrderAsideGuessed = AnyOrderAsideGuessed.TestCase
 TestAnyOrderUnifiedGuessed = AnyOrderUnifiedGuessed.TestCase

@@ -105,6 +105,8 @@ class Engine:
         endless = tuple((token, -math.inf) for token in runner.tokenizer.eog_tokens)
         self._sampling = SamplingParams(temperature=0.0, logit_bias=endless)
         self.asked: dict[int, Job] = {}
+        self.n_aside = 0
+        """Tokens that were computed outside their slots."""
         self._now = 0.0
         self._events: list[JobEvent] = []
 
@@ -119,6 +121,11 @@ class Engine:
             samples = compute(self.runner, batch)
             self.scheduler.cancel(cancel)
             self.scheduler.apply(batch, samples, self._now + 0.001)
+        piece = self.scheduler.aside.plan()
+        if piece is not None:
+            self.n_aside += len(piece.tokens)
+            assert self.runner.run_aside(piece, lambda: True)
+            self.scheduler.apply_aside(piece, 1.0, self._now)
         self.scheduler.check_integrity()
         self._events += self.scheduler.take_events()
 
@@ -183,6 +190,23 @@ def test_system_prompt_is_shared(bench: Bench, at_once: bool) -> None:
             engine.run()
     n_shared = 80 if bench.kind.can_cut else 0
     check(bench, engine, {1: 0, 2: n_shared, 3: n_shared})
+
+
+def test_a_long_prompt_beside_others(bench: Bench) -> None:
+    """Computed aside where that can be done, for the first time or after a part that is cached."""
+    engine = bench.engine()
+    engine.add(1, text(7, 20), n_predict=100)
+    engine.step()
+    engine.add(2, text(8, 150))
+    check(bench, engine, {2: 0})
+    n_aside = engine.n_aside
+    engine.add(3, text(9, 20), n_predict=100)
+    engine.step()
+    engine.add(4, text(8, 100) + text(10, 120))
+    check(bench, engine, {4: 100 if bench.kind.can_cut else 0})
+    counts = (149, 149 + 119) if engine.runner.can_pause else (0, 0)
+    assert (n_aside, engine.n_aside) == counts
+    assert engine.runner.can_pause is (bench.kind.name in ("split", "quantised"))
 
 
 def test_whole_prefix_is_shared(bench: Bench) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from wingman.config import SamplingParams
 from wingman.engine.runner import (
+    AsidePiece,
     Batch,
     Chunk,
     KvCopy,
     KvDrop,
+    KvLand,
     KvOp,
     KvPark,
     KvRemove,
@@ -123,6 +125,10 @@ class ScriptedRunner:
         self.n_window = 0
         self.draft_model = None
         self.parked: dict[int, list[int]] = {}
+        self.can_pause = False
+        self.aside: list[int] = []
+        self.n_aside = 0
+        """Tokens computed there in all."""
         self.samplers: dict[int, SamplerStart] = {}
         self.fail_at: set[int] = set()
         self.n_steps = self.n_tidied = 0
@@ -178,6 +184,8 @@ class ScriptedRunner:
                 self._fill(slot_id, self.parked[key], n_tokens)
             case KvDrop(key):
                 del self.parked[key]
+            case KvLand(slot_id):
+                self.cache[slot_id] = list(self.aside)
 
     def _can_cut(self, held: list[int], n_kept: int) -> bool:
         return self.can_rollback or n_kept in (0, len(held)) or len(held) <= self.n_window
@@ -213,6 +221,21 @@ class ScriptedRunner:
     def choose(self, slot_id: int, held: Sequence[int]) -> int:
         """The token that follows what a slot holds; what tests replace."""
         return next_token(held)
+
+    def run_aside(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
+        return all(goes_on() for _ in self.computing_aside(piece))
+
+    def computing_aside(self, piece: AsidePiece) -> Iterator[None]:
+        """Compute a piece, with a stop wherever `run_aside` asks whether to go on."""
+        assert 0 < len(piece.tokens) <= self.n_ubatch
+        if piece.is_first:
+            self.aside = list(self.cache[piece.slot_id])
+        assert piece.position == len(self.aside)
+        for token in piece.tokens:
+            yield
+            self.aside += entries([token], piece.lora)
+            self.n_aside += 1
+        assert len(self.aside) < self.info.n_ctx_slot
 
     def slot_bytes(self, slot_id: int) -> int:
         return 4 * len(self.cache[slot_id])

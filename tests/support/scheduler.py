@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tests.support.runner import ScriptedRunner, compute, next_token
 from wingman.config import SamplingParams
 from wingman.engine.drafting import Draft, DraftRequest
 from wingman.engine.limits import SchedulerLimits
-from wingman.engine.runner import Batch, RunnerFailure
+from wingman.engine.runner import AsidePiece, Batch, RunnerFailure
 from wingman.engine.scheduler import Scheduler
 from wingman.engine.types import FailureKind, Finished, Job, JobEvent, SlotChanged, SlotJob, SlotMove
 
@@ -48,6 +48,9 @@ class Machine:
         self.now = 0.0
         self.events: list[JobEvent] = []
         self.batches: list[Batch] = []
+        self.pieces: list[AsidePiece] = []
+        self._computing: Iterator[None] | None = None
+        """The last piece, as far as it is computed."""
 
     def add(self, job_id: int, prompt: list[int], **fields: object) -> Job:
         job = Job(id=job_id, prompt=tuple(prompt), sampling=GREEDY, **fields)  # type: ignore[arg-type]
@@ -60,7 +63,7 @@ class Machine:
         return job
 
     def step(self, cancel: int | None = None, fails: bool = False) -> Batch | None:
-        """Change slots, plan, run, perhaps cancel in between, apply."""
+        """Change slots, plan, run, perhaps cancel in between, apply; then a little of what is computed aside."""
         self.now += 1.0
         self._change_slots()
         batch = self.scheduler.plan(self.now)
@@ -69,8 +72,27 @@ class Machine:
             if fails:
                 self.runner.fail_at.add(self.runner.n_steps + 1)
             self._run(batch, cancel)
+        self._compute_aside()
         self.collect()
         return batch
+
+    def _compute_aside(self) -> None:
+        aside = self.scheduler.aside
+        if self._computing is None:
+            piece = aside.plan()
+            if piece is not None:
+                self.pieces.append(piece)
+                self._computing = self.runner.computing_aside(piece)
+                next(self._computing)
+        elif not aside.is_wanted(self.pieces[-1]) or next(self._computing, self) is self:
+            self.scheduler.apply_aside(self.pieces[-1], 1.0, self.now + 0.5)
+            self._computing = None
+
+    def fail_aside(self) -> None:
+        """What is being computed aside fails."""
+        if self._computing is not None:
+            self.scheduler.aside.fail("scripted")
+            self._computing = None
 
     def collect(self) -> None:
         """Take what the scheduler has to say."""
@@ -118,6 +140,6 @@ class Machine:
         return event
 
     def n_evaluated(self, job_id: int, n_prompt: int) -> int:
-        """Prompt tokens that were computed for a job."""
+        """Prompt tokens that were computed for a job in the steps of all."""
         chunks = [chunk for batch in self.batches for chunk in batch.chunks if chunk.job_id == job_id]
         return sum(len(chunk.tokens) for chunk in chunks if chunk.position < n_prompt)

@@ -81,7 +81,7 @@ class Occupancy:
         best, n_shared = None, self._limits.min_shared - 1
         for other in older:
             n_common = min(common_prefix(other.prompt, sequence.prompt), len(sequence.prompt) - 1)
-            if n_common > n_shared:
+            if n_common > n_shared and other.shares_soon(n_common):
                 best, n_shared = other, n_common
             if n_shared == len(sequence.prompt) - 1:
                 break

@@ -15,6 +15,12 @@ SLOW_PREFILL_TOKENS = 32
 """Least prompt tokens of a step, where a tile takes more than three times as long as a step may."""
 
 
+TURN_SHARE = 1 / 6
+"""Share of the time that others have for their steps while a prompt is computed aside."""
+MIN_STRETCH_S = 0.02
+"""It goes on for at least so long, so that looking for others costs nothing."""
+
+
 class PrefillPace:
     """Follows the speed of prompt evaluation. Sizes in tokens, times in seconds."""
 
@@ -38,6 +44,11 @@ class PrefillPace:
         affordable = int(self._rate * self._max_step_s) - n_decoding
         is_slow = self._rate and 3 * affordable < TILE_TOKENS
         return min(SLOW_PREFILL_TOKENS if is_slow else max(affordable, TILE_TOKENS + 1), most)
+
+
+def stretch_s(turn_s: float, max_step_s: float) -> float:
+    """How long to compute a prompt aside before others have their turn again, when the last one took `turn_s`."""
+    return min(max(turn_s * (1 / TURN_SHARE - 1), MIN_STRETCH_S), max_step_s)
 
 
 def piece_of(n_left: int, budget: int, *, is_first: bool) -> int:

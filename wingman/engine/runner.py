@@ -76,7 +76,13 @@ class KvDrop(Struct, frozen=True):
     key: int
 
 
-KvOp = KvRemove | KvShift | KvCopy | KvPark | KvRestore | KvDrop
+class KvLand(Struct, frozen=True):
+    """Replace what a slot holds by what was computed aside, see AsidePiece."""
+
+    slot_id: int
+
+
+KvOp = KvRemove | KvShift | KvCopy | KvPark | KvRestore | KvDrop | KvLand
 
 
 class SamplerStart(Struct, frozen=True):
@@ -131,6 +137,19 @@ class Batch(Struct, frozen=True):
     def n_tokens(self) -> int:
         """Tokens to compute."""
         return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+class AsidePiece(Struct, frozen=True):
+    """Tokens of one prompt to compute outside the slots, from `position` on; the first piece goes on from what the
+    slot holds. One prompt at a time."""
+
+    slot_id: int
+    job_id: int
+    tokens: Sequence[int]
+    position: int
+    lora: tuple[float, ...] = ()
+    is_first: bool = True
+    is_last: bool = False
 
 
 class Samples(Struct, frozen=True):
@@ -214,6 +233,15 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> Samples:
         """Compute a batch that is prepared. Raises RunnerFailure."""
+
+    @property
+    def can_pause(self) -> bool:
+        """Whether `run_aside` can be used."""
+
+    def run_aside(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
+        """Compute tokens outside the slots. `goes_on` is asked every few milliseconds; it may run batches, and what
+        it raises is raised here. False when it said no: nothing that was computed aside is kept then. Raises
+        RunnerFailure."""
 
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens where

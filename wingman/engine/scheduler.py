@@ -19,13 +19,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeGuard
 
+from wingman.engine.aside import Aside
 from wingman.engine.cache import KvCache
 from wingman.engine.drafts import AskModel, Drafts, Opening
 from wingman.engine.lifecycle import JobMove, JobState
 from wingman.engine.limits import SchedulerLimits
 from wingman.engine.occupancy import UNIFIED_RESERVE_TOKENS, Occupancy
 from wingman.engine.pace import PrefillPace, piece_of
-from wingman.engine.runner import Batch, Chunk, Fork, SamplerStart, Samples, Vocabulary
+from wingman.engine.runner import AsidePiece, Batch, Chunk, Fork, SamplerStart, Samples, Vocabulary
 from wingman.engine.sequence import Sequence
 from wingman.engine.slotjobs import SlotJobs
 from wingman.engine.slots import Slot
@@ -35,7 +36,6 @@ from wingman.engine.types import (
     FailureKind,
     Job,
     JobEvent,
-    Progress,
     Snapshot,
     Started,
     StopType,
@@ -70,6 +70,7 @@ class Scheduler:
         self._occupancy = Occupancy(limits, self._cache, self._jobs)
         self._lora: tuple[float, ...] = ()
         self._pace = PrefillPace(limits.n_batch, limits.n_ubatch, limits.max_step_s)
+        self.aside = Aside(limits, self._cache, self._jobs, self._pace)
         self.stats = EngineStats()
 
     @property
@@ -183,6 +184,7 @@ class Scheduler:
         self._admit(now)
         for sequence in self._occupancy.settle_all():
             self._report_progress(sequence, now)
+        self.aside.choose(self._occupancy.n_generating)
         self._choose_lora()
         chunks: list[Chunk] = []
         self._plan_decodes(self._decoding(), chunks)
@@ -223,7 +225,7 @@ class Scheduler:
 
     def _choose_lora(self) -> None:
         """A step has one set of adapter scales; jobs that want different ones take turns."""
-        wanted = sorted({sequence.job.lora for sequence in self._jobs.values() if _has_work(sequence)})
+        wanted = sorted({sequence.job.lora for sequence in self._jobs.values() if sequence.has_work})
         if wanted:
             self._lora = next((lora for lora in wanted if lora > self._lora), wanted[0])
 
@@ -231,7 +233,7 @@ class Scheduler:
         return (
             sequence is not None
             and sequence.state is state
-            and _has_work(sequence)
+            and sequence.has_work
             and sequence.job.lora == self._lora
         )
 
@@ -263,8 +265,10 @@ class Scheduler:
             slot.tokens.extend(tokens)
 
     def _guesses(self, due: list[Sequence]) -> list[list[int]]:
-        """Guesses for each sequence; none while prompts are evaluated, which fill the step anyway."""
+        """Guesses for each sequence; none while prompts are evaluated, which fill the step, or wait aside for its
+        end."""
         is_filled = any(self._is_due(each, JobState.PREFILL) for each in self._jobs.values())
+        is_filled = is_filled or not self.aside.is_idle
         n_most = min(self._limits.n_ubatch, self._limits.n_batch) - len(due)
         if self._limits.is_unified:
             n_most = min(n_most, self._limits.n_ctx_total - self._cache.n_held - len(due))
@@ -393,6 +397,12 @@ class Scheduler:
         for slot in self._cache.slots:
             self.stats.n_tokens_max = max(self.stats.n_tokens_max, len(slot.tokens))
 
+    def apply_aside(self, piece: AsidePiece, elapsed_s: float, now: float) -> None:
+        """Account for a piece that was computed aside in `elapsed_s`, or was not wanted any more."""
+        sequence = self.aside.apply(piece, elapsed_s)
+        if sequence is not None:
+            self._report_progress(sequence, now)
+
     def _pieces(self, batch: Batch) -> tuple[int, ...]:
         """Tokens of each piece in which the batch was computed."""
         if self._limits.is_unified:
@@ -452,11 +462,8 @@ class Scheduler:
         self.stats.draft_tokens_accepted += n_accepted
 
     def _report_progress(self, sequence: Sequence, now: float) -> None:
-        job = sequence.job
-        if job.return_progress and job.stream and not sequence.output:
-            elapsed_ms = (now - sequence.started_at) * 1000
-            progress = Progress(job.id, len(job.prompt), sequence.n_cached, sequence.n_processed, elapsed_ms)
-            self._events.append(progress)
+        if sequence.job.return_progress and sequence.job.stream and not sequence.output:
+            self._events.append(sequence.progress(now))
 
     # -- looking in ---------------------------------------------------------------------------
 
@@ -478,14 +485,6 @@ class Scheduler:
             assert all(fork.leader is sequence for fork in sequence.forks)
         if self._limits.is_unified:
             assert self._cache.n_held <= self._limits.n_ctx_total
-
-
-def _has_work(sequence: Sequence) -> bool:
-    """Whether a sequence has a slot, its prefix, and waits for nobody."""
-    is_ready = sequence.state is JobState.DECODE or (
-        sequence.state is JobState.PREFILL and sequence.is_settled
-    )
-    return is_ready and sequence.leader is None
 
 
 def _sampler_start(sequence: Sequence) -> SamplerStart:

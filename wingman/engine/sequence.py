@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from wingman.engine.detokenizer import Detokenizer
 from wingman.engine.lifecycle import JobMove, JobState, advance
 from wingman.engine.runner import Vocabulary
-from wingman.engine.types import Finished, Job, StopType, TextDelta, Timings, TokenProb
+from wingman.engine.types import Finished, Job, Progress, StopType, TextDelta, Timings, TokenProb
 
 
 class Sequence:
@@ -29,6 +29,10 @@ class Sequence:
         """What must be in the cache before a token is sampled: after a preemption all that was there."""
         self.n_filled = 0
         """How much of `prompt` is there."""
+        self.is_aside = False
+        """Whether the prompt is computed outside its slot; its slot holds the first `n_filled` tokens."""
+        self.n_aside = 0
+        """Tokens behind those that are computed there."""
         self.is_preempted = False
         self.is_settled = False
         """Whether it has taken over the longest cached prefix; until then its slot holds something else."""
@@ -82,6 +86,27 @@ class Sequence:
         if not self.output:
             self.n_processed += n_tokens
 
+    def go_aside(self) -> None:
+        """Let the prompt be computed outside its slot."""
+        self.is_aside = True
+
+    def fill_aside(self, n_tokens: int) -> None:
+        """So many more tokens are computed there."""
+        self.n_aside += n_tokens
+        self.n_processed += n_tokens
+
+    def land(self) -> None:
+        """What was computed there is in the slot now."""
+        self.n_filled += self.n_aside
+        self.n_aside = 0
+        self.is_aside = False
+
+    def give_up_aside(self) -> None:
+        """What was computed there is lost."""
+        self.n_processed -= self.n_aside
+        self.n_aside = 0
+        self.is_aside = False
+
     def preempt(self, held: Iterable[int]) -> None:
         """The cache is taken from it; it held `held`."""
         if self.state is JobState.DECODE:
@@ -92,6 +117,7 @@ class Sequence:
 
     def unsettle(self) -> None:
         """Nothing of the prompt is in the cache any more."""
+        self.give_up_aside()
         self.is_settled = False
         self.awaited = None
         self.n_filled = 0
@@ -104,12 +130,24 @@ class Sequence:
         if self.awaited is None:
             return False
         other, n_tokens = self.awaited
-        return other.state is JobState.PREFILL and other.n_filled < n_tokens
+        return other.state is JobState.PREFILL and other.n_filled < n_tokens and other.shares_soon(n_tokens)
+
+    def shares_soon(self, n_tokens: int) -> bool:
+        """Whether others get the first tokens of the prompt about when they are computed: what is computed aside
+        is there only at the end."""
+        return not self.is_aside or 2 * n_tokens >= len(self.prompt)
 
     @property
     def n_prompt_left(self) -> int:
         """Tokens still to be evaluated before the next is sampled."""
         return len(self.prompt) - self.n_filled
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the steps of all have something to compute for it: it has a slot and its prefix, and waits for
+        nobody."""
+        is_prompt = self.state is JobState.PREFILL and self.is_settled and not self.is_aside
+        return (is_prompt or self.state is JobState.DECODE) and self.leader is None
 
     @property
     def is_at_last_token(self) -> bool:
@@ -219,6 +257,11 @@ class Sequence:
             draft_n=self.n_drafted,
             draft_n_accepted=self.n_accepted,
         )
+
+    def progress(self, now: float) -> Progress:
+        """How much of the prompt is evaluated."""
+        elapsed_ms = (now - self.started_at) * 1000
+        return Progress(self.job.id, len(self.job.prompt), self.n_cached, self.n_processed, elapsed_ms)
 
     def finished(self, n_held: int) -> Finished:
         """The job's last event; `n_held` tokens stay in its slot."""

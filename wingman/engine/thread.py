@@ -1,7 +1,8 @@
 """The engine thread: drain the inbox, plan, run, apply, post. The only user of threading.
 
 Generation and embeddings get the same time when both have work: a piece of embeddings, then steps for
-as long. Each chooses its number of threads before a step and learns from the time it took.
+as long. A long prompt that would hold them up is computed aside, and they have their turns while that pauses.
+Each chooses its number of threads before a step and learns from the time it took.
 
 It owns the runner and the scheduler from birth to death. It blocks only on an empty inbox, never
 on the loop. What it posts is frozen; `snapshot` and `step_started_at` are single values that it
@@ -21,6 +22,7 @@ from msgspec import Struct, structs
 
 from wingman.engine.cores import CORES
 from wingman.engine.embedding import EmbeddingQueue
+from wingman.engine.pace import MIN_STRETCH_S, stretch_s
 from wingman.engine.runner import (
     MAX_EMBED_INPUTS,
     Batch,
@@ -93,6 +95,7 @@ class StepThreads:
         self._clock = clock
         self._n_tokens = self._n_threads = 0
         self.elapsed_s = self._on_core_s = 0.0
+        self._resumed = self._resumed_on_core = 0.0
 
     def begin(self, n_tokens: int) -> None:
         """Choose for the next step."""
@@ -103,11 +106,19 @@ class StepThreads:
     def run(self, runner: Runner, compute: Callable[[], T]) -> T:
         """Compute a piece of it."""
         runner.set_threads(self._n_threads)
-        started, on_core = self._clock(), time.thread_time()
+        self.resume()
         result = compute()
-        self._on_core_s += time.thread_time() - on_core
-        self.elapsed_s += self._clock() - started
+        self.pause()
         return result
+
+    def pause(self) -> None:
+        """What is done from now on is not part of the step."""
+        self._on_core_s += time.thread_time() - self._resumed_on_core
+        self.elapsed_s += self._clock() - self._resumed
+
+    def resume(self) -> None:
+        """The step goes on."""
+        self._resumed, self._resumed_on_core = self._clock(), time.thread_time()
 
     def end(self) -> None:
         """Learn from the step."""
@@ -116,6 +127,41 @@ class StepThreads:
             choice = self.governor.observe(self._n_tokens, self.elapsed_s, self._clock(), share)
             if choice is not None:
                 log.debug("%s", choice)
+
+
+class Stretches:
+    """Asked while a prompt is computed aside whether to go on; gives the others a turn now and then."""
+
+    def __init__(
+        self,
+        take_turn: Callable[[], bool],
+        is_wanted: Callable[[], bool],
+        steps: StepThreads,
+        max_step_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """`take_turn` gives False once the thread is told to shut down; `is_wanted` says whether anybody still
+        waits for the prompt; `steps` is what is interrupted."""
+        self._take_turn = take_turn
+        self._is_wanted = is_wanted
+        self._steps = steps
+        self._max_step_s = max_step_s
+        self._clock = clock
+        self._ends_at = clock() + MIN_STRETCH_S
+        self.is_over = False
+        """Whether to shut down."""
+
+    def __call__(self) -> bool:
+        """Whether to go on."""
+        started = self._clock()
+        if started < self._ends_at:
+            return True
+        self._steps.pause()
+        self.is_over = not self._take_turn()
+        ended = self._clock()
+        self._ends_at = ended + stretch_s(ended - started, self._max_step_s)
+        self._steps.resume()
+        return not self.is_over and self._is_wanted()
 
 
 class EngineThread:
@@ -138,6 +184,10 @@ class EngineThread:
         self._thread = threading.Thread(target=self._main, name="wingman-engine", daemon=True)
         self._generation = StepThreads(ThreadGovernor(CORES.n_cores, *n_threads), clock)
         self._embedding = StepThreads(ThreadGovernor(CORES.n_cores, *n_threads), clock)
+        self._aside = StepThreads(ThreadGovernor(CORES.n_cores, *n_threads), clock)
+        self._embed_work: Iterator[None] = iter(())
+        self._owed_s = 0.0
+        """Time that generation gets before the next piece of embeddings."""
         self._snapshot_at = 0.0
         self._is_abandoned = False
         self.snapshot = Snapshot()
@@ -192,40 +242,74 @@ class EngineThread:
         embeddings = EmbeddingQueue(runner.info.embedding.n_max, MAX_EMBED_INPUTS, scheduler.max_step_s)
         self._publish(scheduler, self._clock())
         self._post(Loaded(runner.info, runner.tokenizer, runner.parts))
-        work: Iterator[None] = iter(())
-        owed_s = 0.0
-        """Time that generation gets before the next piece of embeddings."""
-        while True:
-            is_idle = scheduler.is_idle and embeddings.is_idle
-            if is_idle:
-                self._flush(scheduler, embeddings)
-            while is_idle and self._inbox.empty() and runner.tidy():
-                pass
-            if not self._drain(scheduler, embeddings, wait=is_idle):
+        while self._take_turn(runner, scheduler, embeddings):
+            if not self._compute_aside(runner, scheduler, embeddings):
                 return
-            self._change_slots(runner, scheduler)
-            batch = scheduler.plan(self._clock())
-            if batch is None:
-                self._flush(scheduler, embeddings)
-            else:
-                samples = self._compute(runner, scheduler, embeddings, batch)
-                owed_s -= self._clock() - batch.planned_at
-                if not self._drain(scheduler, embeddings, wait=False):
-                    return
-                if samples is not None:
-                    scheduler.apply(batch, samples, self._clock())
-            if batch is None and not scheduler.is_idle and embeddings.is_idle:
+
+    def _take_turn(self, runner: Runner, scheduler: Scheduler, embeddings: EmbeddingQueue) -> bool:
+        """Obey what came, then a step and perhaps a piece of embeddings; wait when there is nothing to do. False
+        once told to shut down."""
+        is_idle = scheduler.is_idle and embeddings.is_idle
+        if is_idle:
+            self._flush(scheduler, embeddings)
+        while is_idle and self._inbox.empty() and runner.tidy():
+            pass
+        if not self._drain(scheduler, embeddings, wait=is_idle):
+            return False
+        self._change_slots(runner, scheduler)
+        batch = scheduler.plan(self._clock())
+        if batch is None:
+            self._flush(scheduler, embeddings)
+        else:
+            samples = self._compute(runner, scheduler, embeddings, batch)
+            self._owed_s -= self._clock() - batch.planned_at
+            if not self._drain(scheduler, embeddings, wait=False):
+                return False
+            if samples is not None:
+                scheduler.apply(batch, samples, self._clock())
+        if embeddings.is_idle:
+            self._embed_work = iter(())  # whoever wanted it has gone
+            if batch is None and scheduler.aside.is_idle and not scheduler.is_idle:
                 time.sleep(STALL_WAIT_S)
-            if embeddings.is_idle:
-                work = iter(())  # whoever wanted it has gone
-                continue
-            if owed_s > 0 and batch is not None:
-                continue
+        elif self._owed_s <= 0 or batch is None:
             self._flush(scheduler, embeddings)
             started = self._clock()
-            if next(work, _DONE) is _DONE:
-                work = self._embed(runner, embeddings, is_alone=scheduler.is_idle)
-            owed_s = self._clock() - started
+            if next(self._embed_work, _DONE) is _DONE:
+                self._embed_work = self._embed(runner, embeddings, is_alone=scheduler.is_idle)
+            self._owed_s = self._clock() - started
+        return True
+
+    def _compute_aside(self, runner: Runner, scheduler: Scheduler, embeddings: EmbeddingQueue) -> bool:
+        """Compute the next piece of a long prompt, if there is one, with turns of the others in between. False once
+        told to shut down."""
+        piece = scheduler.aside.plan()
+        if piece is None:
+            return True
+        self._flush(scheduler, embeddings)
+
+        def take_turn() -> bool:
+            is_up = self._take_turn(runner, scheduler, embeddings)
+            self.step_started_at = self._clock()
+            return is_up
+
+        def is_wanted() -> bool:
+            return scheduler.aside.is_wanted(piece)
+
+        stretches = Stretches(take_turn, is_wanted, self._aside, scheduler.max_step_s, self._clock)
+        self._aside.begin(len(piece.tokens))
+        self.step_started_at = self._clock()
+        try:
+            is_done = self._aside.run(runner, lambda: runner.run_aside(piece, stretches))
+            if is_done and piece.is_last:  # they have waited, and moving it takes time too
+                stretches.is_over = not take_turn()
+        except RunnerFailure as error:
+            scheduler.aside.fail(str(error))
+        else:
+            scheduler.apply_aside(piece, self._aside.elapsed_s, self._clock())
+            self._aside.end()
+        finally:
+            self.step_started_at = None
+        return not stretches.is_over
 
     def _drain(self, scheduler: Scheduler, embeddings: EmbeddingQueue, *, wait: bool) -> bool:
         """Obey everything in the inbox; False once told to shut down."""

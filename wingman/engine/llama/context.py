@@ -25,6 +25,7 @@ from wingman.engine.runner import (
     Fork,
     KvCopy,
     KvDrop,
+    KvLand,
     KvOp,
     KvPark,
     KvRemove,
@@ -47,7 +48,7 @@ _KV_TYPES: Final = {
     "q5_1": lib.GGML_TYPE_Q5_1,
 }
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
-_STATE_HEAD_BYTES: Final = 8
+STATE_HEAD_BYTES: Final = 8
 """A magic number and the slot's id, in front of what a slot file holds."""
 _SMALL_BYTES: Final = 1 << 30
 """Weights that one thread reads in no time."""
@@ -64,10 +65,15 @@ SlotState = npt.NDArray[np.uint8]
 class LlamaContext:
     """The context of a model; slot ids are its sequence ids."""
 
-    def __init__(self, model: LlamaModel, config: ContextConfig, *, is_alone: bool = False) -> None:
+    def __init__(
+        self, model: LlamaModel, config: ContextConfig, *, is_alone: bool = False, on_node: Any = None
+    ) -> None:
         """Allocate cache and compute buffers. `is_alone`: no other thread allocates much, so that the cache can be
-        found and `tidy` give back what it does not use. Raises ModelLoadFailure when they don't fit."""
+        found and `tidy` give back what it does not use. `on_node`: a ggml_backend_sched_eval_callback that its
+        owner keeps. Raises ModelLoadFailure when they don't fit."""
         params = context_params(model, config)
+        if on_node is not None:
+            params.cb_eval = on_node
         mapped = anonymous_ranges() if is_alone else None
         self.handle: Any = binding.quietly(lambda: lib.llama_init_from_model(model.handle, params))
         if not self.handle:
@@ -100,12 +106,14 @@ class LlamaContext:
             case KvCopy(source, target, n_tokens):
                 self._copy(source, target, n_tokens)
             case KvPark(slot_id, key):
-                self._parked[key] = self._read(slot_id)
+                self._parked[key] = self.read(slot_id)
             case KvRestore(key, slot_id, n_tokens):
-                self._write(self._parked[key], slot_id)
+                self.write(self._parked[key], slot_id)
                 quick.llama_memory_seq_rm(self.memory, slot_id, n_tokens, -1)
             case KvDrop(key):
                 del self._parked[key]
+            case KvLand():
+                raise RunnerFailure("nothing was computed aside")
 
     def _copy(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first tokens of a slot to another. In a shared pool they share the cells; else the state
@@ -115,18 +123,21 @@ class LlamaContext:
             quick.llama_memory_seq_rm(self.memory, target, -1, -1)
             quick.llama_memory_seq_cp(self.memory, source, target, 0, n_tokens)
             return
-        self._write(self._read(source), target)
+        self.write(self.read(source), target)
         quick.llama_memory_seq_rm(self.memory, target, n_tokens, -1)
 
-    def _read(self, slot_id: int) -> SlotState:
+    def read(self, slot_id: int, n_spare: int = 0) -> SlotState:
+        """All that a slot holds, for `write`, and so many zeros behind it. Raises RunnerFailure."""
         size = self.slot_bytes(slot_id)
-        buffer = np.empty(size, np.uint8)
+        buffer = np.empty(size + n_spare, np.uint8)
+        buffer[size:] = 0
         n_bytes = lib.llama_state_seq_get_data(self.handle, _bytes_of(buffer), size, slot_id)
         if n_bytes != size:
             raise RunnerFailure("the state of a sequence could not be read")
         return buffer
 
-    def _write(self, state: SlotState, slot_id: int) -> None:
+    def write(self, state: SlotState, slot_id: int) -> None:
+        """Let a slot hold what was read from one. Raises RunnerFailure."""
         quick.llama_memory_seq_rm(self.memory, slot_id, -1, -1)
         n_bytes = lib.llama_state_seq_set_data(self.handle, _bytes_of(state), len(state), slot_id)
         if n_bytes != len(state):
@@ -178,7 +189,7 @@ class LlamaContext:
         size = lib.llama_state_seq_get_size(self.handle, slot_id)
         buffer = (ctypes.c_uint8 * size)()
         n_bytes = lib.llama_state_seq_get_data(self.handle, buffer, size, slot_id)
-        return bytes(memoryview(buffer)[_STATE_HEAD_BYTES:n_bytes])
+        return bytes(memoryview(buffer)[STATE_HEAD_BYTES:n_bytes])
 
     def write_slot(self, slot_id: int, state: bytes, n_tokens: int) -> bool:
         """Fill a slot from `read_slot` output; False, and the slot empty, when it does not fit this model or
@@ -189,7 +200,7 @@ class LlamaContext:
             return False  # the library takes cells anywhere, some of which can never be removed again
         head = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self.handle, slot_id))()
         lib.llama_state_seq_get_data(self.handle, head, len(head), slot_id)
-        data = bytes(head[:_STATE_HEAD_BYTES]) + state
+        data = bytes(head[:STATE_HEAD_BYTES]) + state
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         n_read = lib.llama_state_seq_set_data(self.handle, buffer, len(data), slot_id)
         if n_read == len(data) and self._ends_at(slot_id, n_tokens):

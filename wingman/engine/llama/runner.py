@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.drafting import Draft, DraftRequest
 from wingman.engine.llama import binding
+from wingman.engine.llama.aside import AsideContext
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.candidates import Candidates
 from wingman.engine.llama.context import LlamaContext, context_params
@@ -17,7 +18,16 @@ from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.parts import LlamaParts
 from wingman.engine.llama.sampler import Draw, Sampler
 from wingman.engine.llama.weights import Weights
-from wingman.engine.runner import Batch, OnProgress, RunnerFailure, SamplerStart, Samples, Tokenizer
+from wingman.engine.runner import (
+    AsidePiece,
+    Batch,
+    KvLand,
+    OnProgress,
+    RunnerFailure,
+    SamplerStart,
+    Samples,
+    Tokenizer,
+)
 from wingman.engine.types import ModelInfo
 
 
@@ -41,6 +51,8 @@ class LlamaRunner:
         self._context: LlamaContext | None = None
         self._embedder: Embedder | None = None
         self._draft: DraftModel | None = None
+        self._aside: AsideContext | None = None
+        self._is_on_gpu = binding.can_offload() and model.n_gpu_layers != 0
         self._samplers: dict[int, Sampler] = {}
         try:
             self._open(context, is_alone=is_alone)
@@ -92,7 +104,10 @@ class LlamaRunner:
         """Bring cache and samplers into the state that a batch begins with. Raises RunnerFailure."""
         context = self._generating()
         for op in batch.kv:
-            context.edit_cache(op)
+            if isinstance(op, KvLand) and self._aside is not None:
+                context.write(self._aside.result(), op.slot_id)
+            else:
+                context.edit_cache(op)
         for start in batch.samplers:
             self._start_sampler(start)
         context.set_lora(self._model.adapters, batch.lora)
@@ -132,6 +147,21 @@ class LlamaRunner:
             self.info.n_ctx_slot,
         )
 
+    @property
+    def can_pause(self) -> bool:
+        """Whether `run_aside` can be used: not where a GPU is kept busy by what is enqueued ahead; not in a cache that
+        all slots share, whose room is counted by the step; nor with one of several parts (window, recurrent)."""
+        is_plain = self._model.can_rollback and not self._context_config.kv_unified
+        return self._context is not None and is_plain and not self._is_on_gpu
+
+    def run_aside(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
+        """Compute tokens of a prompt outside the slots, asking now and then whether to go on. Raises
+        RunnerFailure."""
+        slots = self._generating()
+        if self._aside is None:
+            self._aside = AsideContext(self._model, self._context_config, slots)
+        return self._aside.run(piece, slots, goes_on)
+
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens by
         models that generate: [] after each but the last. Raises RunnerFailure."""
@@ -162,16 +192,20 @@ class LlamaRunner:
 
     def set_threads(self, n_threads: int) -> None:
         """Compute the next steps and embeddings with so many threads."""
-        for context in (self._draft, self._context, self._embedder):
+        for context in (self._draft, self._context, self._embedder, self._aside):
             if context is not None:
                 context.set_threads(n_threads)
 
     def tidy(self) -> bool:
-        """Give back some of the pages that the cache does not use yet; whether there may be more."""
+        """Free the context for long prompts, then give back some of the pages that the cache does not use yet;
+        whether there may be more to do."""
+        if self._aside is not None:
+            self._close_aside()
+            return True
         return self._context is not None and self._context.tidy()
 
     def reset(self) -> None:
-        """Make a fresh context; the weights stay."""
+        """Make a fresh context; the weights stay, and so does what is computed aside."""
         self._close_samplers()
         self._generating().close()
         self._context = LlamaContext(self._model, self._context_config)
@@ -183,7 +217,13 @@ class LlamaRunner:
         self._close_contexts()
         self._model.close()
 
+    def _close_aside(self) -> None:
+        if self._aside is not None:
+            self._aside.close()
+            self._aside = None
+
     def _close_contexts(self) -> None:
+        self._close_aside()
         for context in (self._draft, self._context, self._embedder):
             if context is not None:
                 context.close()

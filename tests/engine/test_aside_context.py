@@ -1,0 +1,121 @@
+"""The context in which long prompts are computed, on a real library and a generated model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.runner import compute
+from wingman.config import ContextConfig, ModelConfig, SamplingParams
+from wingman.engine.llama.aside import for_one_stream, for_streams
+from wingman.engine.llama.runner import LlamaRunner
+from wingman.engine.runner import AsidePiece, Batch, Chunk, KvLand, RunnerFailure, SamplerStart
+
+N_SLOTS = 4
+GREEDY = SamplingParams(temperature=0.0)
+LONG = tuple(300 + index * 7 % 200 for index in range(150))
+
+
+@pytest.fixture
+def runner(tiny_model: Path) -> Iterator[LlamaRunner]:
+    config = ContextConfig(ctx_size=N_SLOTS * 256, parallel=N_SLOTS, threads=1, ubatch_size=64)
+    runner = LlamaRunner(ModelConfig(model=tiny_model), config)
+    yield runner
+    runner.close()
+
+
+def step(runner: LlamaRunner, slot: int, tokens: tuple[int, ...], position: int, *ops: KvLand) -> int:
+    """Add tokens to a slot; the one that follows."""
+    chunk = Chunk(slot, 1, tokens, position, wants_sample=True)
+    return compute(runner, Batch(ops, (SamplerStart(slot, GREEDY, ()),), (chunk,), 0.0)).tokens[slot][0]
+
+
+def said_after(runner: LlamaRunner, slot: int, first: int, n_tokens: int = 12) -> list[int]:
+    """What follows `LONG` and its first token."""
+    said = [first]
+    for index in range(n_tokens):
+        said.append(step(runner, slot, (said[-1],), len(LONG) + index))
+    return said
+
+
+def pieces(slot: int, start: int = 0) -> Iterator[AsidePiece]:
+    end = len(LONG) - 1
+    for at in range(start, end, 64):
+        tokens = LONG[at : min(at + 64, end)]
+        yield AsidePiece(slot, 1, tokens, at, (), is_first=at == start, is_last=at + len(tokens) == end)
+
+
+@pytest.mark.parametrize("slot", range(N_SLOTS))
+@pytest.mark.parametrize("n_held", [0, 40])
+def test_a_prompt_computed_with_pauses_is_the_same(runner: LlamaRunner, slot: int, n_held: int) -> None:
+    beside = (slot + 1) % N_SLOTS
+    right = said_after(runner, slot, step(runner, slot, LONG, 0))
+    runner.reset()
+    n_asked = 0
+    step(runner, beside, (5, 6, 7), 0)
+    if n_held:
+        step(runner, slot, LONG[:n_held], 0)
+
+    def goes_on() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        step(runner, beside, (8,), 2 + n_asked)  # somebody else has a step
+        return True
+
+    assert all(runner.run_aside(piece, goes_on) for piece in pieces(slot, n_held))
+    assert n_asked > 10
+    first = step(runner, slot, LONG[-1:], len(LONG) - 1, KvLand(slot))
+    assert said_after(runner, slot, first) == right
+
+
+def test_what_is_given_up_leaves_no_trace(runner: LlamaRunner) -> None:
+    right = said_after(runner, 0, step(runner, 0, LONG, 0))
+    runner.reset()
+    asked: list[bool] = []
+    first, *_ = pieces(1)
+    assert not runner.run_aside(first, lambda: bool(asked.append(True)) or len(asked) < 3)
+    assert len(asked) == 3, "it ended at once"
+    assert all(runner.run_aside(piece, lambda: True) for piece in pieces(0))
+    assert said_after(runner, 0, step(runner, 0, LONG[-1:], len(LONG) - 1, KvLand(0))) == right
+
+
+def test_what_is_raised_in_a_pause_is_raised_to_the_caller(runner: LlamaRunner) -> None:
+    def fall_over() -> bool:
+        raise ZeroDivisionError
+
+    first, *_ = pieces(0)
+    with pytest.raises(ZeroDivisionError):
+        runner.run_aside(first, fall_over)
+    assert all(runner.run_aside(piece, lambda: True) for piece in pieces(0))
+
+
+def test_an_idle_engine_gives_its_memory_back(runner: LlamaRunner) -> None:
+    first, *_ = pieces(0)
+    assert runner.run_aside(first, lambda: True)
+    assert runner.tidy()
+    assert runner._aside is None
+    with pytest.raises(RunnerFailure):
+        step(runner, 0, LONG[-1:], 64, KvLand(0))
+
+
+@pytest.mark.parametrize("fields", [{"kv_unified": True}, {}])
+def test_where_it_can_be_used(tiny_model: Path, fields: dict[str, bool]) -> None:
+    runner = LlamaRunner(ModelConfig(model=tiny_model), ContextConfig(ctx_size=512, parallel=2, **fields))
+    assert runner.can_pause is not bool(fields)
+    runner.close()
+
+
+def test_a_state_of_unknown_form_is_refused(runner: LlamaRunner) -> None:
+    step(runner, 2, LONG[:20], 0)
+    context = runner._generating()
+    state = context.read(2)
+    for_one_stream(state.copy(), 2, N_SLOTS)
+    for slot, n_streams in ((1, N_SLOTS), (3, N_SLOTS), (2, N_SLOTS - 1)):
+        with pytest.raises(RunnerFailure, match="unknown form"):
+            for_one_stream(state.copy(), slot, n_streams)
+    with pytest.raises(RunnerFailure, match="unknown form"):
+        for_streams(state.copy(), N_SLOTS)
+    assert np.array_equal(state, context.read(2))

@@ -1,0 +1,110 @@
+"""A long prompt evaluated aside, while others generate: which one, how far it is, when it lands in its slot.
+
+In the steps of all, a prompt holds up those who generate for as long as its smallest worthwhile piece takes.
+Aside it is computed in a context of its own, in pieces of full size, and whoever computes it stops every few
+milliseconds to let the others have a step. All but its last token is computed so; then its cache is moved into
+its slot, and the last token joins a step as any other does. One prompt at a time; further ones are cut
+into the steps meanwhile, so nobody waits for a prompt of a hundred thousand tokens.
+
+Part of the scheduler, which owns the jobs; pure; engine thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from wingman.engine.cache import KvCache
+from wingman.engine.lifecycle import JobState
+from wingman.engine.limits import SchedulerLimits
+from wingman.engine.pace import PrefillPace
+from wingman.engine.runner import AsidePiece
+from wingman.engine.sequence import Sequence
+
+log = logging.getLogger("wingman.engine")
+
+
+class Aside:
+    """The prompt that is computed aside, if any."""
+
+    def __init__(
+        self, limits: SchedulerLimits, cache: KvCache, jobs: Mapping[int, Sequence], pace: PrefillPace
+    ) -> None:
+        """`jobs` are all there are, in order of arrival."""
+        self._limits = limits
+        self._cache = cache
+        self._jobs = jobs
+        self._pace = pace
+        self._sequence: Sequence | None = None
+        self._piece: AsidePiece | None = None
+        """What is being computed; of a sequence that is gone until whoever computes it has noticed."""
+        self._is_off = not limits.can_pause
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to compute aside."""
+        return self._current() is None
+
+    def _current(self) -> Sequence | None:
+        """The sequence, unless its job has ended or its slot was emptied meanwhile."""
+        sequence = self._sequence
+        is_there = sequence is not None and sequence.is_aside and sequence.state is JobState.PREFILL
+        return sequence if is_there else None
+
+    def choose(self, n_generating: int) -> None:
+        """Take out of the steps the oldest prompt that would have to be cut there, while so many generate."""
+        if self._is_off or not n_generating or self._piece is not None or self._current() is not None:
+            return
+        n_most = self._pace.budget(n_generating)
+        due = (each for each in self._jobs.values() if each.state is JobState.PREFILL and each.has_work)
+        self._sequence = next((each for each in due if each.n_prompt_left > n_most), None)
+        if self._sequence is not None:
+            self._sequence.go_aside()
+            log.debug("job %d: %d tokens aside", self._sequence.job.id, self._sequence.n_prompt_left)
+
+    def plan(self) -> AsidePiece | None:
+        """The next piece, None when there is none. Every piece is followed by `apply` or `fail`."""
+        sequence = self._current()
+        if sequence is None:
+            return None
+        start = sequence.n_filled + sequence.n_aside
+        end = min(start + self._limits.n_ubatch, len(sequence.prompt) - 1)
+        self._piece = AsidePiece(
+            sequence.slot_id,
+            sequence.job.id,
+            sequence.prompt[start:end],
+            start,
+            sequence.job.lora,
+            is_first=not sequence.n_aside,
+            is_last=end == len(sequence.prompt) - 1,
+        )
+        return self._piece
+
+    def is_wanted(self, piece: AsidePiece) -> bool:
+        """Whether a piece that is being computed is still of use."""
+        sequence = self._current()
+        return sequence is not None and self._piece is piece
+
+    def apply(self, piece: AsidePiece, elapsed_s: float) -> Sequence | None:
+        """A piece is computed, or was given up because it was not wanted; it took so long, without the steps of
+        others. Its sequence, if that is still there."""
+        sequence = self._current()
+        self._piece = None
+        if sequence is None:
+            return None
+        self._pace.observe(len(piece.tokens), elapsed_s)
+        sequence.fill_aside(len(piece.tokens))
+        if piece.is_last:
+            slot = self._cache.slots[sequence.slot_id]
+            self._cache.land(slot, sequence.prompt[: sequence.n_filled + sequence.n_aside])
+            sequence.land()
+        return sequence
+
+    def fail(self, reason: str) -> None:
+        """It can't be done here, for want of memory: prompts are cut into the steps from now on."""
+        log.warning("long prompts are evaluated in the steps of all from now on: %s", reason)
+        sequence = self._current()
+        if sequence is not None:
+            sequence.give_up_aside()
+        self._piece = None
+        self._is_off = True
