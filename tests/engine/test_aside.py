@@ -67,16 +67,41 @@ def test_alone_or_short_it_is_computed_in_the_steps() -> None:
     assert list(one.finished(1).tokens) == said_alone(LONG, 20)
 
 
-def test_further_long_prompts_do_not_wait_for_the_first() -> None:
+def test_a_further_long_prompt_waits_for_the_first() -> None:
     one = machine()
-    one.add(1, TALK, n_predict=40)
+    one.add(1, TALK, n_predict=60)
     one.step()
     one.add(2, LONG, n_predict=3)
     one.add(3, LONG[::-1], n_predict=3)
     one.run()
-    assert {piece.job_id for piece in one.pieces} == {2}
-    assert one.n_evaluated(3, len(LONG)) == len(LONG)
+    assert [piece.job_id for piece in one.pieces] == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert one.n_evaluated(3, len(LONG)) == 1
     assert list(one.finished(3).tokens) == said_alone(LONG[::-1], 3)
+
+
+def test_those_who_wait_are_computed_when_nobody_generates_any_more() -> None:
+    one = machine()
+    one.add(1, TALK, n_predict=5)
+    one.step()
+    one.add(2, LONG, n_predict=3)
+    one.add(3, LONG[::-1], n_predict=3)
+    one.run()
+    assert [piece.job_id for piece in one.pieces] == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert [len(one.finished(job_id).tokens) for job_id in (1, 2, 3)] == [5, 3, 3]
+
+
+def test_a_far_shorter_prompt_does_not_wait() -> None:
+    one = machine()
+    one.add(1, TALK, n_predict=60)
+    one.step()
+    one.add(2, LONG + LONG[::-1][:25], n_predict=3)
+    one.step()
+    one.add(3, [1, *LONG[:11]], n_predict=3)
+    one.run()
+    assert {piece.job_id for piece in one.pieces} == {2}
+    ended = [event.job_id for event in one.events if isinstance(event, Finished)]
+    assert ended.index(3) < ended.index(2)
+    assert list(one.finished(3).tokens) == said_alone([1, *LONG[:11]], 3)
 
 
 def test_it_goes_on_from_what_is_cached() -> None:
@@ -122,6 +147,7 @@ def test_a_job_that_is_cancelled_leaves_room_for_the_next() -> None:
     one.add(3, LONG[::-1], n_predict=3)
     one.run()
     assert {piece.job_id for piece in one.pieces} == {2, 3}
+    assert not any(chunk.job_id == 2 for batch in one.batches for chunk in batch.chunks)
     assert list(one.finished(3).tokens) == said_alone(LONG[::-1], 3)
 
 
@@ -130,13 +156,15 @@ def test_what_cannot_be_computed_aside_is_computed_in_the_steps() -> None:
     one.add(1, TALK, n_predict=60)
     one.step()
     one.add(2, LONG, n_predict=3)
+    one.add(3, LONG[::-1], n_predict=3)
     for _ in range(12):
         one.step()
     assert one.runner.n_aside
     one.fail_aside()
     one.run()
-    assert one.n_evaluated(2, len(LONG)) == len(LONG)
-    assert list(one.finished(2).tokens) == said_alone(LONG, 3)
+    for job_id, prompt in ((2, LONG), (3, LONG[::-1])):
+        assert one.n_evaluated(job_id, len(LONG)) == len(LONG)
+        assert list(one.finished(job_id).tokens) == said_alone(prompt, 3)
     assert one.finished(2).timings.prompt_n == len(LONG)
 
 
@@ -158,6 +186,7 @@ def test_others_get_their_share_of_the_time() -> None:
     stretch = stretch_s(0.02, 0.25)
     assert 0.02 / (stretch + 0.02) == pytest.approx(TURN_SHARE)
     assert stretch_s(1.0, 0.25) == 0.25
+    assert stretch_s(0.2, 0.25, is_busy=True) == pytest.approx(0.1)
 
 
 # -- on the engine thread -------------------------------------------------------------------------------

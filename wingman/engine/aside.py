@@ -3,8 +3,8 @@
 In the steps of all, a prompt holds up those who generate for as long as its smallest worthwhile piece takes.
 Aside it is computed in a context of its own, in pieces of full size, and whoever computes it stops every few
 milliseconds to let the others have a step. All but its last token is computed so; then its cache is moved into
-its slot, and the last token joins a step as any other does. One prompt at a time; further ones are cut
-into the steps meanwhile, so nobody waits for a prompt of a hundred thousand tokens.
+its slot, and the last token joins a step as any other does. One prompt at a time, first come first served; but one
+that is far shorter than what is left of the present one is cut into the steps, rather than wait for that.
 
 Part of the scheduler, which owns the jobs; pure; engine thread only.
 """
@@ -21,11 +21,14 @@ from wingman.engine.pace import PrefillPace
 from wingman.engine.runner import AsidePiece
 from wingman.engine.sequence import Sequence
 
+PATIENCE = 4
+"""A prompt waits for another that has at most so many times its tokens left."""
+
 log = logging.getLogger("wingman.engine")
 
 
 class Aside:
-    """The prompt that is computed aside, if any."""
+    """The prompt that is computed aside, if any, and those that wait for that."""
 
     def __init__(
         self, limits: SchedulerLimits, cache: KvCache, jobs: Mapping[int, Sequence], pace: PrefillPace
@@ -47,20 +50,28 @@ class Aside:
 
     def _current(self) -> Sequence | None:
         """The sequence, unless its job has ended or its slot was emptied meanwhile."""
-        sequence = self._sequence
-        is_there = sequence is not None and sequence.is_aside and sequence.state is JobState.PREFILL
-        return sequence if is_there else None
+        return self._sequence if self._sequence is not None and _is_aside(self._sequence) else None
 
     def choose(self, n_generating: int) -> None:
-        """Take out of the steps the oldest prompt that would have to be cut there, while so many generate."""
-        if self._is_off or not n_generating or self._piece is not None or self._current() is not None:
+        """Take prompts out of the steps that would have to be cut there, while so many generate."""
+        if self._is_off:
             return
-        n_most = self._pace.budget(n_generating)
-        due = (each for each in self._jobs.values() if each.state is JobState.PREFILL and each.has_work)
-        self._sequence = next((each for each in due if each.n_prompt_left > n_most), None)
-        if self._sequence is not None:
-            self._sequence.go_aside()
-            log.debug("job %d: %d tokens aside", self._sequence.job.id, self._sequence.n_prompt_left)
+        current = self._current()
+        if n_generating or current is not None:
+            n_most = self._pace.budget(max(n_generating, 1))
+            n_waited_for = 0 if current is None else current.n_prompt_left - current.n_aside
+            for each in self._jobs.values():
+                is_prompt = each.state is JobState.PREFILL and each.has_work
+                if is_prompt and each.n_prompt_left > max(n_most, n_waited_for // PATIENCE):
+                    each.go_aside()
+                    log.debug("job %d: %d tokens aside", each.job.id, each.n_prompt_left)
+        if current is None and self._piece is None:
+            self._sequence = next(filter(_is_aside, self._jobs.values()), None)
+
+    @property
+    def has_company(self) -> bool:
+        """Whether the steps of the others evaluate prompts too."""
+        return any(each.state is JobState.PREFILL and each.has_work for each in self._jobs.values())
 
     def plan(self) -> AsidePiece | None:
         """The next piece, None when there is none. Every piece is followed by `apply` or `fail`."""
@@ -103,8 +114,11 @@ class Aside:
     def fail(self, reason: str) -> None:
         """It can't be done here, for want of memory: prompts are cut into the steps from now on."""
         log.warning("long prompts are evaluated in the steps of all from now on: %s", reason)
-        sequence = self._current()
-        if sequence is not None:
+        for sequence in filter(_is_aside, self._jobs.values()):
             sequence.give_up_aside()
         self._piece = None
         self._is_off = True
+
+
+def _is_aside(sequence: Sequence) -> bool:
+    return sequence.is_aside and sequence.state is JobState.PREFILL

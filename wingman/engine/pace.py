@@ -17,6 +17,8 @@ SLOW_PREFILL_TOKENS = 32
 
 TURN_SHARE = 1 / 6
 """Share of the time that others have for their steps while a prompt is computed aside."""
+BUSY_TURN_SHARE = 2 / 3
+"""The same while those steps evaluate prompts too, which are shorter."""
 MIN_STRETCH_S = 0.02
 """It goes on for at least so long, so that looking for others costs nothing."""
 
@@ -46,9 +48,11 @@ class PrefillPace:
         return min(SLOW_PREFILL_TOKENS if is_slow else max(affordable, TILE_TOKENS + 1), most)
 
 
-def stretch_s(turn_s: float, max_step_s: float) -> float:
-    """How long to compute a prompt aside before others have their turn again, when the last one took `turn_s`."""
-    return min(max(turn_s * (1 / TURN_SHARE - 1), MIN_STRETCH_S), max_step_s)
+def stretch_s(turn_s: float, max_step_s: float, *, is_busy: bool = False) -> float:
+    """How long to compute a prompt aside before others have their turn again, when the last one took `turn_s`, and,
+    if `is_busy`, left prompts to evaluate."""
+    share = BUSY_TURN_SHARE if is_busy else TURN_SHARE
+    return min(max(turn_s * (1 / share - 1), MIN_STRETCH_S), max_step_s)
 
 
 def piece_of(n_left: int, budget: int, *, is_first: bool) -> int:

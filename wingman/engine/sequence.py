@@ -30,7 +30,7 @@ class Sequence:
         self.n_filled = 0
         """How much of `prompt` is there."""
         self.is_aside = False
-        """Whether the prompt is computed outside its slot; its slot holds the first `n_filled` tokens."""
+        """Whether the prompt is, or will be, computed outside its slot, which holds the first `n_filled` tokens."""
         self.n_aside = 0
         """Tokens behind those that are computed there."""
         self.is_preempted = False

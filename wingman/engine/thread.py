@@ -25,6 +25,7 @@ from wingman.engine.embedding import EmbeddingQueue
 from wingman.engine.pace import MIN_STRETCH_S, stretch_s
 from wingman.engine.runner import (
     MAX_EMBED_INPUTS,
+    AsidePiece,
     Batch,
     OnProgress,
     Runner,
@@ -135,17 +136,16 @@ class Stretches:
     def __init__(
         self,
         take_turn: Callable[[], bool],
-        is_wanted: Callable[[], bool],
+        piece: AsidePiece,
+        scheduler: Scheduler,
         steps: StepThreads,
-        max_step_s: float,
         clock: Callable[[], float],
     ) -> None:
-        """`take_turn` gives False once the thread is told to shut down; `is_wanted` says whether anybody still
-        waits for the prompt; `steps` is what is interrupted."""
+        """`take_turn` gives False once the thread is told to shut down; `steps` is what is interrupted."""
         self._take_turn = take_turn
-        self._is_wanted = is_wanted
+        self._piece = piece
+        self._scheduler = scheduler
         self._steps = steps
-        self._max_step_s = max_step_s
         self._clock = clock
         self._ends_at = clock() + MIN_STRETCH_S
         self.is_over = False
@@ -159,9 +159,10 @@ class Stretches:
         self._steps.pause()
         self.is_over = not self._take_turn()
         ended = self._clock()
-        self._ends_at = ended + stretch_s(ended - started, self._max_step_s)
+        aside, max_step_s = self._scheduler.aside, self._scheduler.max_step_s
+        self._ends_at = ended + stretch_s(ended - started, max_step_s, is_busy=aside.has_company)
         self._steps.resume()
-        return not self.is_over and self._is_wanted()
+        return not self.is_over and aside.is_wanted(self._piece)
 
 
 class EngineThread:
@@ -292,10 +293,7 @@ class EngineThread:
             self.step_started_at = self._clock()
             return is_up
 
-        def is_wanted() -> bool:
-            return scheduler.aside.is_wanted(piece)
-
-        stretches = Stretches(take_turn, is_wanted, self._aside, scheduler.max_step_s, self._clock)
+        stretches = Stretches(take_turn, piece, scheduler, self._aside, self._clock)
         self._aside.begin(len(piece.tokens))
         self.step_started_at = self._clock()
         try:
