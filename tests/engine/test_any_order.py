@@ -255,7 +255,7 @@ class AnyOrderGuessed(AnyOrder):
 class AnyOrderAside(AnyOrder):
     """Long prompts are computed outside their slots while others generate."""
 
-    limits = {"can_pause": True, "min_shared": 2, "parked_bytes": 400}
+    limits = {"can_compute_aside": True, "min_shared": 2, "parked_bytes": 400}
 
 
 class AnyOrderAsideGuessed(AnyOrderAside):

@@ -13,6 +13,7 @@ import pytest
 from tests.support.runner import ScriptedRunner, _hash, entries, solo_output
 from tests.support.scheduler import Machine
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
+from wingman.engine.aside import MAX_FAILURES
 from wingman.engine.client import Engine
 from wingman.engine.pace import MIN_STRETCH_S, TURN_SHARE, stretch_s
 from wingman.engine.runner import AsidePiece, RunnerFailure
@@ -25,7 +26,7 @@ TALK = [1, 50, 60]
 
 def machine(n_slots: int = 3, **limits: Any) -> Machine:
     """What generates in the first slot never ends by itself."""
-    made = Machine(n_slots, n_batch=8, can_pause=True, **limits)
+    made = Machine(n_slots, n_batch=8, can_compute_aside=True, **limits)
     made.runner.choose = (  # type: ignore[method-assign]
         lambda _, held: 3 + _hash(held) % 256
     )
@@ -162,10 +163,39 @@ def test_what_cannot_be_computed_aside_is_computed_in_the_steps() -> None:
     assert one.runner.n_aside
     one.fail_aside()
     one.run()
-    for job_id, prompt in ((2, LONG), (3, LONG[::-1])):
-        assert one.n_evaluated(job_id, len(LONG)) == len(LONG)
-        assert list(one.finished(job_id).tokens) == said_alone(prompt, 3)
+    assert {piece.job_id for piece in one.pieces} == {2, 3}, "the next is tried again"
+    assert one.n_evaluated(2, len(LONG)) == len(LONG)
+    assert list(one.finished(2).tokens) == said_alone(LONG, 3)
+    assert list(one.finished(3).tokens) == said_alone(LONG[::-1], 3)
     assert one.finished(2).timings.prompt_n == len(LONG)
+
+
+def test_after_some_failures_it_is_not_tried_again() -> None:
+    one = machine(n_slots=6)
+    one.add(1, TALK, n_predict=60)
+    one.step()
+    for job_id in range(2, 7):
+        one.add(job_id, [job_id, *LONG], n_predict=3)
+    while len(one.pieces) < MAX_FAILURES:
+        one.step()
+        one.fail_aside()
+    one.run()
+    assert [piece.job_id for piece in one.pieces] == [2, 3, 4]
+    for job_id in range(2, 7):
+        assert list(one.finished(job_id).tokens) == said_alone([job_id, *LONG], 3)
+
+
+def test_much_that_is_cached_is_not_moved_for_little() -> None:
+    one = machine(n_ctx_slot=400, min_shared=4)
+    held = LONG * 10
+    one.add(1, held, n_predict=1)
+    one.run()
+    one.add(2, TALK, n_predict=40)
+    one.step()
+    one.add(3, [*held, *range(70, 79)], n_predict=3)
+    one.run()
+    assert not one.pieces
+    assert one.finished(3).timings.prompt_n == 9
 
 
 def test_a_step_that_fails_starts_the_prompt_again() -> None:
@@ -197,18 +227,31 @@ class Slow(ScriptedRunner):
 
     def __init__(self) -> None:
         super().__init__(n_slots=2, n_ctx_slot=4000, n_batch=8)
-        self.can_pause = True
+        self.said_at: list[float] = []
+        """When tokens of the first slot were sampled."""
+        self.can_compute_aside = True
         self.hooks: list[Callable[[], None]] = []
-        self.fails = False
+        self.fails: set[str] = set()
         self.has_begun, self.has_given_up = threading.Event(), threading.Event()
+
+    def begin_aside(self, piece: AsidePiece) -> None:
+        if "begin" in self.fails:
+            raise RunnerFailure("no memory")
+        super().begin_aside(piece)
+
+    def land_aside(self, slot_id: int) -> None:
+        if "land" in self.fails:
+            self.cache[slot_id] = [1, 2, 3]
+            raise RunnerFailure("no memory")
+        super().land_aside(slot_id)
 
     def choose(self, slot_id: int, held: Any) -> int:
         time.sleep(0.001)
+        if slot_id == 0:
+            self.said_at.append(time.monotonic())
         return 3 + _hash(held[-5:]) % 256
 
     def run_aside(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
-        if self.fails:
-            raise RunnerFailure("no memory")
         for _ in self.computing_aside(piece):
             time.sleep(0.005)
             self.has_begun.set()
@@ -283,17 +326,41 @@ async def test_a_shutdown_does_not_wait_for_it() -> None:
     talk.close()
 
 
-async def test_without_memory_for_it_everybody_is_still_answered() -> None:
+@pytest.mark.parametrize("what", ["begin", "land"])
+async def test_without_memory_for_it_everybody_is_still_answered(what: str) -> None:
     runner = Slow()
-    runner.fails = True
+    runner.fails = {what}
     engine = await loaded(runner)
     async with engine.submit(job(engine, TALK, n_predict=3000, stream=True)) as talk:
         async for _ in talk:
             break
-        async with engine.submit(job(engine, LONG, n_predict=2)) as long:
-            (end,) = await long.results()
-    assert len(end.tokens) == 2
-    assert not runner.n_aside
+        for _ in range(MAX_FAILURES + 1):
+            async with engine.submit(job(engine, LONG, n_predict=2, cache_prompt=False)) as long:
+                (end,) = await long.results()
+            held = entries(LONG)
+            first = 3 + _hash(held[-5:]) % 256
+            assert list(end.tokens) == [first, 3 + _hash([*held, first][-5:]) % 256]
+    assert runner.n_aside == (what == "land") * MAX_FAILURES * (len(LONG) - 1)
+    await engine.close()
+
+
+async def test_what_the_others_say_is_heard_at_once() -> None:
+    """Not a stretch later."""
+    runner = Slow()
+    engine = await loaded(runner)
+    async with engine.submit(job(engine, TALK, n_predict=3000, stream=True)) as talk:
+        async for _ in talk:
+            break
+        long = engine.submit(job(engine, LONG * 10, n_predict=2))
+        assert await asyncio.to_thread(runner.has_begun.wait, 10)
+        delays: list[float] = []
+        async for event in talk:
+            delays.append(time.monotonic() - runner.said_at[-1])
+            if len(delays) > 12 or not isinstance(event, TextDelta):
+                break
+        assert runner.n_aside < len(LONG * 10) - 1, "it is still being computed"
+        long.close()
+    assert sorted(delays)[len(delays) // 2] < MIN_STRETCH_S / 2
     await engine.close()
 
 

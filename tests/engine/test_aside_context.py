@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,10 @@ import pytest
 
 from tests.support.runner import compute
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
-from wingman.engine.llama.aside import for_one_stream, for_streams
+from wingman.engine.llama.aside import MAX_NODES, _Pauses, for_one_stream, for_streams
+from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.runner import LlamaRunner
-from wingman.engine.runner import AsidePiece, Batch, Chunk, KvLand, RunnerFailure, SamplerStart
+from wingman.engine.runner import AsidePiece, Batch, Chunk, RunnerFailure, SamplerStart
 
 N_SLOTS = 4
 GREEDY = SamplingParams(temperature=0.0)
@@ -27,10 +28,10 @@ def runner(tiny_model: Path) -> Iterator[LlamaRunner]:
     runner.close()
 
 
-def step(runner: LlamaRunner, slot: int, tokens: tuple[int, ...], position: int, *ops: KvLand) -> int:
+def step(runner: LlamaRunner, slot: int, tokens: tuple[int, ...], position: int) -> int:
     """Add tokens to a slot; the one that follows."""
     chunk = Chunk(slot, 1, tokens, position, wants_sample=True)
-    return compute(runner, Batch(ops, (SamplerStart(slot, GREEDY, ()),), (chunk,), 0.0)).tokens[slot][0]
+    return compute(runner, Batch((), (SamplerStart(slot, GREEDY, ()),), (chunk,), 0.0)).tokens[slot][0]
 
 
 def said_after(runner: LlamaRunner, slot: int, first: int, n_tokens: int = 12) -> list[int]:
@@ -45,7 +46,20 @@ def pieces(slot: int, start: int = 0) -> Iterator[AsidePiece]:
     end = len(LONG) - 1
     for at in range(start, end, 64):
         tokens = LONG[at : min(at + 64, end)]
-        yield AsidePiece(slot, 1, tokens, at, (), is_first=at == start, is_last=at + len(tokens) == end)
+        yield AsidePiece(slot, 1, tokens, at, len(LONG), (), is_first=at == start)
+
+
+def compute_aside(
+    runner: LlamaRunner, slot: int, start: int = 0, goes_on: Callable[[], bool] = lambda: True
+) -> int:
+    """Compute `LONG` after what the slot holds, and its last token there; the one that follows."""
+    for piece in pieces(slot, start):
+        if piece.is_first:
+            runner.begin_aside(piece)
+        assert runner.run_aside(piece, goes_on)
+    assert piece.is_last
+    runner.land_aside(slot)
+    return step(runner, slot, LONG[-1:], len(LONG) - 1)
 
 
 @pytest.mark.parametrize("slot", range(N_SLOTS))
@@ -65,9 +79,8 @@ def test_a_prompt_computed_with_pauses_is_the_same(runner: LlamaRunner, slot: in
         step(runner, beside, (8,), 2 + n_asked)  # somebody else has a step
         return True
 
-    assert all(runner.run_aside(piece, goes_on) for piece in pieces(slot, n_held))
+    first = compute_aside(runner, slot, n_held, goes_on)
     assert n_asked > 10
-    first = step(runner, slot, LONG[-1:], len(LONG) - 1, KvLand(slot))
     assert said_after(runner, slot, first) == right
 
 
@@ -76,10 +89,39 @@ def test_what_is_given_up_leaves_no_trace(runner: LlamaRunner) -> None:
     runner.reset()
     asked: list[bool] = []
     first, *_ = pieces(1)
+    runner.begin_aside(first)
     assert not runner.run_aside(first, lambda: bool(asked.append(True)) or len(asked) < 3)
     assert len(asked) == 3, "it ended at once"
-    assert all(runner.run_aside(piece, lambda: True) for piece in pieces(0))
-    assert said_after(runner, 0, step(runner, 0, LONG[-1:], len(LONG) - 1, KvLand(0))) == right
+    assert said_after(runner, 0, compute_aside(runner, 0)) == right
+
+
+def test_a_no_is_kept_for_all_parts_of_a_graph() -> None:
+    pauses, asked = _Pauses(), []
+    pauses.resume(lambda: bool(asked.append(True)))
+    for _ in range(2):  # parts
+        while not pauses._on_node(0, True, None):
+            pass
+        assert not pauses._on_node(0, False, None)
+    assert asked == [True]
+    assert pauses.is_stopped
+
+
+def test_slow_nodes_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pauses = _Pauses()
+
+    def n_between(node_s: float) -> int:
+        nonlocal now
+        for count in range(1, 100):
+            now += node_s
+            if pauses._on_node(0, True, None):
+                assert pauses._on_node(0, False, None)
+                return count
+        raise AssertionError
+
+    assert [n_between(0.1) for _ in range(5)] == [MAX_NODES, MAX_NODES // 2, MAX_NODES // 4, 1, 1]
+    assert [n_between(1e-5) for _ in range(5)] == [1, 2, 4, MAX_NODES, MAX_NODES]
 
 
 def test_what_is_raised_in_a_pause_is_raised_to_the_caller(runner: LlamaRunner) -> None:
@@ -87,24 +129,38 @@ def test_what_is_raised_in_a_pause_is_raised_to_the_caller(runner: LlamaRunner) 
         raise ZeroDivisionError
 
     first, *_ = pieces(0)
+    runner.begin_aside(first)
     with pytest.raises(ZeroDivisionError):
         runner.run_aside(first, fall_over)
-    assert all(runner.run_aside(piece, lambda: True) for piece in pieces(0))
+    compute_aside(runner, 0)
 
 
 def test_an_idle_engine_gives_its_memory_back(runner: LlamaRunner) -> None:
-    first, *_ = pieces(0)
-    assert runner.run_aside(first, lambda: True)
+    compute_aside(runner, 0)
     assert runner.tidy()
     assert runner._aside is None
     with pytest.raises(RunnerFailure):
-        step(runner, 0, LONG[-1:], 64, KvLand(0))
+        runner.land_aside(0)
+
+
+def test_it_is_as_large_as_the_prompt_needs(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = LlamaRunner(ModelConfig(model=tiny_model), ContextConfig(ctx_size=8192, parallel=2, threads=1))
+    sizes = []
+    for n_prompt in (10, 1025, 20, 4000):
+        runner.begin_aside(AsidePiece(0, 1, LONG, 0, n_prompt))
+        sizes.append(runner._begun_aside().n_ctx)
+    assert sizes == [1024, 2048, 2048, 4096]
+    runner.tidy()
+    monkeypatch.setattr(LlamaModel, "metadata", lambda _: {"llama.rope.scaling.type": "longrope"})
+    runner.begin_aside(AsidePiece(0, 1, LONG, 0, 10))
+    assert runner._begun_aside().n_ctx == 4096, "how positions are computed may depend on it"
+    runner.close()
 
 
 @pytest.mark.parametrize("fields", [{"kv_unified": True}, {}])
 def test_where_it_can_be_used(tiny_model: Path, fields: dict[str, bool]) -> None:
     runner = LlamaRunner(ModelConfig(model=tiny_model), ContextConfig(ctx_size=512, parallel=2, **fields))
-    assert runner.can_pause is not bool(fields)
+    assert runner.can_compute_aside is not bool(fields)
     runner.close()
 
 

@@ -124,8 +124,12 @@ class Engine:
         piece = self.scheduler.aside.plan()
         if piece is not None:
             self.n_aside += len(piece.tokens)
+            if piece.is_first:
+                self.runner.begin_aside(piece)
             assert self.runner.run_aside(piece, lambda: True)
-            self.scheduler.apply_aside(piece, 1.0, self._now)
+            if piece.is_last:
+                self.runner.land_aside(piece.slot_id)
+            self.scheduler.apply_aside(piece, self._now)
         self.scheduler.check_integrity()
         self._events += self.scheduler.take_events()
 
@@ -204,9 +208,9 @@ def test_a_long_prompt_beside_others(bench: Bench) -> None:
     engine.step()
     engine.add(4, text(8, 100) + text(10, 120))
     check(bench, engine, {4: 100 if bench.kind.can_cut else 0})
-    counts = (149, 149 + 119) if engine.runner.can_pause else (0, 0)
+    counts = (149, 149 + 119) if engine.runner.can_compute_aside else (0, 0)
     assert (n_aside, engine.n_aside) == counts
-    assert engine.runner.can_pause is (bench.kind.name in ("split", "quantised"))
+    assert engine.runner.can_compute_aside is (bench.kind.name in ("split", "quantised"))
 
 
 def test_whole_prefix_is_shared(bench: Bench) -> None:

@@ -18,7 +18,6 @@ from wingman.engine.runner import (
     Chunk,
     KvCopy,
     KvDrop,
-    KvLand,
     KvOp,
     KvPark,
     KvRemove,
@@ -125,7 +124,7 @@ class ScriptedRunner:
         self.n_window = 0
         self.draft_model = None
         self.parked: dict[int, list[int]] = {}
-        self.can_pause = False
+        self.can_compute_aside = False
         self.aside: list[int] = []
         self.n_aside = 0
         """Tokens computed there in all."""
@@ -184,8 +183,6 @@ class ScriptedRunner:
                 self._fill(slot_id, self.parked[key], n_tokens)
             case KvDrop(key):
                 del self.parked[key]
-            case KvLand(slot_id):
-                self.cache[slot_id] = list(self.aside)
 
     def _can_cut(self, held: list[int], n_kept: int) -> bool:
         return self.can_rollback or n_kept in (0, len(held)) or len(held) <= self.n_window
@@ -222,14 +219,20 @@ class ScriptedRunner:
         """The token that follows what a slot holds; what tests replace."""
         return next_token(held)
 
+    def begin_aside(self, piece: AsidePiece) -> None:
+        assert piece.is_first
+        self.aside = list(self.cache[piece.slot_id])
+        assert piece.position == len(self.aside)
+
+    def land_aside(self, slot_id: int) -> None:
+        self.cache[slot_id] = list(self.aside)
+
     def run_aside(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
         return all(goes_on() for _ in self.computing_aside(piece))
 
     def computing_aside(self, piece: AsidePiece) -> Iterator[None]:
         """Compute a piece, with a stop wherever `run_aside` asks whether to go on."""
         assert 0 < len(piece.tokens) <= self.n_ubatch
-        if piece.is_first:
-            self.aside = list(self.cache[piece.slot_id])
         assert piece.position == len(self.aside)
         for token in piece.tokens:
             yield

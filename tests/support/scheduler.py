@@ -82,15 +82,25 @@ class Machine:
             piece = aside.plan()
             if piece is not None:
                 self.pieces.append(piece)
+                if piece.is_first:
+                    self.runner.begin_aside(piece)
                 self._computing = self.runner.computing_aside(piece)
                 next(self._computing)
-        elif not aside.is_wanted(self.pieces[-1]) or next(self._computing, self) is self:
-            self.scheduler.apply_aside(self.pieces[-1], 1.0, self.now + 0.5)
-            self._computing = None
+            return
+        piece = self.pieces[-1]
+        is_wanted = aside.is_wanted(piece)
+        if is_wanted and next(self._computing, self) is not self:
+            return
+        if is_wanted and piece.is_last:
+            self.runner.land_aside(piece.slot_id)
+        self.scheduler.apply_aside(piece, self.now + 0.5)
+        self._computing = None
 
     def fail_aside(self) -> None:
-        """What is being computed aside fails."""
+        """What is being computed aside fails, and leaves nothing in its slot that is of use."""
         if self._computing is not None:
+            if self.scheduler.aside.is_wanted(self.pieces[-1]):
+                self.runner.cache[self.pieces[-1].slot_id] = []
             self.scheduler.aside.fail("scripted")
             self._computing = None
 

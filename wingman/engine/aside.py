@@ -23,6 +23,12 @@ from wingman.engine.sequence import Sequence
 
 PATIENCE = 4
 """A prompt waits for another that has at most so many times its tokens left."""
+MAX_HELD_SHARE = 32
+"""Nor is it computed aside if its slot holds more than so many times what is left: that would have to be moved there
+and back, which takes about a hundredth of computing it."""
+MAX_PIECE_TOKENS = 512
+MAX_FAILURES = 3
+"""After so many all prompts are computed in the steps."""
 
 log = logging.getLogger("wingman.engine")
 
@@ -41,7 +47,7 @@ class Aside:
         self._sequence: Sequence | None = None
         self._piece: AsidePiece | None = None
         """What is being computed; of a sequence that is gone until whoever computes it has noticed."""
-        self._is_off = not limits.can_pause
+        self._n_failures = 0
 
     @property
     def is_idle(self) -> bool:
@@ -54,24 +60,29 @@ class Aside:
 
     def choose(self, n_generating: int) -> None:
         """Take prompts out of the steps that would have to be cut there, while so many generate."""
-        if self._is_off:
+        if not self._limits.can_compute_aside or self._n_failures >= MAX_FAILURES:
             return
         current = self._current()
         if n_generating or current is not None:
             n_most = self._pace.budget(max(n_generating, 1))
             n_waited_for = 0 if current is None else current.n_prompt_left - current.n_aside
-            for each in self._jobs.values():
-                is_prompt = each.state is JobState.PREFILL and each.has_work
-                if is_prompt and each.n_prompt_left > max(n_most, n_waited_for // PATIENCE):
+            for each in self._in_steps():
+                n_left = each.n_prompt_left
+                is_worth_moving = n_left * MAX_HELD_SHARE >= each.n_filled and not each.stays_in_steps
+                if is_worth_moving and n_left > max(n_most, n_waited_for // PATIENCE):
                     each.go_aside()
-                    log.debug("job %d: %d tokens aside", each.job.id, each.n_prompt_left)
+                    log.debug("job %d: %d tokens aside", each.job.id, n_left)
         if current is None and self._piece is None:
             self._sequence = next(filter(_is_aside, self._jobs.values()), None)
+
+    def _in_steps(self) -> list[Sequence]:
+        """The prompts that are computed in the steps."""
+        return [each for each in self._jobs.values() if each.state is JobState.PREFILL and each.has_work]
 
     @property
     def has_company(self) -> bool:
         """Whether the steps of the others evaluate prompts too."""
-        return any(each.state is JobState.PREFILL and each.has_work for each in self._jobs.values())
+        return bool(self._in_steps())
 
     def plan(self) -> AsidePiece | None:
         """The next piece, None when there is none. Every piece is followed by `apply` or `fail`."""
@@ -79,15 +90,15 @@ class Aside:
         if sequence is None:
             return None
         start = sequence.n_filled + sequence.n_aside
-        end = min(start + self._limits.n_ubatch, len(sequence.prompt) - 1)
+        end = min(start + self._limits.n_ubatch, start + MAX_PIECE_TOKENS, len(sequence.prompt) - 1)
         self._piece = AsidePiece(
             sequence.slot_id,
             sequence.job.id,
             sequence.prompt[start:end],
             start,
+            len(sequence.prompt),
             sequence.job.lora,
             is_first=not sequence.n_aside,
-            is_last=end == len(sequence.prompt) - 1,
         )
         return self._piece
 
@@ -96,28 +107,32 @@ class Aside:
         sequence = self._current()
         return sequence is not None and self._piece is piece
 
-    def apply(self, piece: AsidePiece, elapsed_s: float) -> Sequence | None:
-        """A piece is computed, or was given up because it was not wanted; it took so long, without the steps of
-        others. Its sequence, if that is still there."""
+    def apply(self, piece: AsidePiece) -> Sequence | None:
+        """A piece is computed, and in the slot with all others if it is the last; or it was given up because it was
+        not wanted. Its sequence, if that is still there."""
         sequence = self._current()
         self._piece = None
         if sequence is None:
             return None
-        self._pace.observe(len(piece.tokens), elapsed_s)
         sequence.fill_aside(len(piece.tokens))
         if piece.is_last:
-            slot = self._cache.slots[sequence.slot_id]
-            self._cache.land(slot, sequence.prompt[: sequence.n_filled + sequence.n_aside])
+            self._cache.slots[sequence.slot_id].tokens[:] = sequence.prompt[:-1]
             sequence.land()
         return sequence
 
     def fail(self, reason: str) -> None:
-        """It can't be done here, for want of memory: prompts are cut into the steps from now on."""
-        log.warning("long prompts are evaluated in the steps of all from now on: %s", reason)
-        for sequence in filter(_is_aside, self._jobs.values()):
-            sequence.give_up_aside()
+        """A piece could not be computed or landed: its prompt begins again, in the steps."""
+        log.warning("a long prompt could not be computed outside the steps: %s", reason)
+        self._n_failures += 1
+        sequence = self._current()
         self._piece = None
-        self._is_off = True
+        if sequence is not None:
+            sequence.stays_in_steps = True
+            sequence.unsettle()
+            self._cache.empty(self._cache.slots[sequence.slot_id])
+        if self._n_failures >= MAX_FAILURES:
+            for each in filter(_is_aside, self._jobs.values()):
+                each.give_up_aside()
 
 
 def _is_aside(sequence: Sequence) -> bool:

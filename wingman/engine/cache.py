@@ -18,7 +18,7 @@ from collections.abc import Sequence as Tokens
 from msgspec import Struct
 
 from wingman.engine.parked import ParkedSequences
-from wingman.engine.runner import TO_END, KvCopy, KvDrop, KvLand, KvOp, KvPark, KvRemove, KvRestore, KvShift
+from wingman.engine.runner import TO_END, KvCopy, KvDrop, KvOp, KvPark, KvRemove, KvRestore, KvShift
 from wingman.engine.slots import Slot, common_prefix
 
 
@@ -76,16 +76,16 @@ class KvCache:
             self._ops.append(KvRemove(slot.id, n_kept, TO_END))
             del slot.tokens[n_kept:]
 
+    def empty(self, slot: Slot) -> None:
+        """Drop all that a slot holds, be it what the mirror says or not."""
+        self._ops.append(KvRemove(slot.id, 0, TO_END))
+        slot.tokens.clear()
+
     def shift(self, slot: Slot, start: int, end: int) -> None:
         """Drop the tokens at positions [start, end) and close the gap."""
         self._ops.append(KvRemove(slot.id, start, end))
         self._ops.append(KvShift(slot.id, end, len(slot.tokens), start - end))
         del slot.tokens[start:end]
-
-    def land(self, slot: Slot, tokens: Tokens[int]) -> None:
-        """Let a slot hold what was computed aside."""
-        self._ops.append(KvLand(slot.id))
-        slot.tokens[:] = tokens
 
     def clear(self) -> None:
         """The real cache was rebuilt and holds nothing, nor is anything parked."""

@@ -378,7 +378,7 @@ def _limits(runner: Runner, context: ContextConfig) -> SchedulerLimits:
         can_rollback=runner.can_rollback,
         n_window=runner.n_window,
         parked_bytes=_cache_ram_bytes(context),
-        can_pause=runner.can_pause,
+        can_compute_aside=runner.can_compute_aside,
     )
 
 

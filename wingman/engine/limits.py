@@ -28,8 +28,8 @@ class SchedulerLimits(Struct, frozen=True):
     """Budget for sequences kept in host memory."""
     min_shared: int = 16
     """Fewer tokens are computed again rather than copied, kept or waited for."""
-    can_pause: bool = False
-    """Whether long prompts can be computed aside."""
+    can_compute_aside: bool = False
+    """Whether long prompts can be computed outside their slots."""
 
     @property
     def cache(self) -> CacheLimits:

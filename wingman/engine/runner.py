@@ -76,13 +76,7 @@ class KvDrop(Struct, frozen=True):
     key: int
 
 
-class KvLand(Struct, frozen=True):
-    """Replace what a slot holds by what was computed aside, see AsidePiece."""
-
-    slot_id: int
-
-
-KvOp = KvRemove | KvShift | KvCopy | KvPark | KvRestore | KvDrop | KvLand
+KvOp = KvRemove | KvShift | KvCopy | KvPark | KvRestore | KvDrop
 
 
 class SamplerStart(Struct, frozen=True):
@@ -140,16 +134,21 @@ class Batch(Struct, frozen=True):
 
 
 class AsidePiece(Struct, frozen=True):
-    """Tokens of one prompt to compute outside the slots, from `position` on; the first piece goes on from what the
-    slot holds. One prompt at a time."""
+    """Tokens of one prompt to compute outside the slots, from `position` on; of all but the last of its `n_prompt`
+    tokens. The first piece goes on from what the slot holds."""
 
     slot_id: int
     job_id: int
     tokens: Sequence[int]
     position: int
+    n_prompt: int
     lora: tuple[float, ...] = ()
     is_first: bool = True
-    is_last: bool = False
+
+    @property
+    def is_last(self) -> bool:
+        """Whether none follows."""
+        return self.position + len(self.tokens) == self.n_prompt - 1
 
 
 class Samples(Struct, frozen=True):
@@ -235,13 +234,21 @@ class Runner(Protocol):
         """Compute a batch that is prepared. Raises RunnerFailure."""
 
     @property
-    def can_pause(self) -> bool:
-        """Whether `run_aside` can be used."""
+    def can_compute_aside(self) -> bool:
+        """Whether prompts can be computed outside the slots, one at a time, by the three that follow. An idle
+        engine's `tidy` forgets what was computed there."""
+
+    def begin_aside(self, piece: AsidePiece) -> None:
+        """Make room for a prompt and take over what its slot holds. Raises RunnerFailure."""
 
     def run_aside(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
-        """Compute tokens outside the slots. `goes_on` is asked every few milliseconds; it may run batches, and what
-        it raises is raised here. False when it said no: nothing that was computed aside is kept then. Raises
-        RunnerFailure."""
+        """Compute a piece, which follows the one before. Now and then `goes_on` is asked, until it says no; it may run
+        batches, and what it raises is raised here. False when it said no: all is lost then that was computed here.
+        Raises RunnerFailure."""
+
+    def land_aside(self, slot_id: int) -> None:
+        """Replace what a slot holds by what was computed. When this raises RunnerFailure, the slot's contents are
+        undefined until all of them are removed."""
 
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens where

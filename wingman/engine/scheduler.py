@@ -3,8 +3,9 @@
 A step is `plan` -> (someone runs the batch) -> `apply`. Between steps jobs join with `add` and
 leave with `cancel`. A plan takes one token from each generating sequence first, then prompt
 tokens, oldest job first, up to a budget: one ubatch, or, while others generate, as many as keep
-the step near `max_step_s` at the measured speed. So a long prompt never stalls a neighbour and
-cancelling bites within one step.
+the step near `max_step_s` at the measured speed; what would have to be cut for that is computed outside
+the steps where that is possible (`aside`). So a long prompt never stalls a neighbour and cancelling bites
+within one step.
 
 A job that got a slot settles there: it takes over the longest prefix of its prompt that the cache
 holds, or waits while an older job is about to compute a longer one. When a pool that all slots
@@ -397,9 +398,9 @@ class Scheduler:
         for slot in self._cache.slots:
             self.stats.n_tokens_max = max(self.stats.n_tokens_max, len(slot.tokens))
 
-    def apply_aside(self, piece: AsidePiece, elapsed_s: float, now: float) -> None:
-        """Account for a piece that was computed aside in `elapsed_s`, or was not wanted any more."""
-        sequence = self.aside.apply(piece, elapsed_s)
+    def apply_aside(self, piece: AsidePiece, now: float) -> None:
+        """Account for a piece that was computed aside, or was not wanted any more."""
+        sequence = self.aside.apply(piece)
         if sequence is not None:
             self._report_progress(sequence, now)
 

@@ -33,6 +33,8 @@ class Sequence:
         """Whether the prompt is, or will be, computed outside its slot, which holds the first `n_filled` tokens."""
         self.n_aside = 0
         """Tokens behind those that are computed there."""
+        self.stays_in_steps = False
+        """Whether that failed once."""
         self.is_preempted = False
         self.is_settled = False
         """Whether it has taken over the longest cached prefix; until then its slot holds something else."""

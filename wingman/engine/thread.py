@@ -153,15 +153,20 @@ class Stretches:
 
     def __call__(self) -> bool:
         """Whether to go on."""
-        started = self._clock()
-        if started < self._ends_at:
+        if self._clock() < self._ends_at:
             return True
         self._steps.pause()
+        is_wanted = self.interrupt()
+        self._steps.resume()
+        return is_wanted
+
+    def interrupt(self) -> bool:
+        """Give the others a turn; whether the prompt is still wanted then."""
+        started = self._clock()
         self.is_over = not self._take_turn()
         ended = self._clock()
         aside, max_step_s = self._scheduler.aside, self._scheduler.max_step_s
         self._ends_at = ended + stretch_s(ended - started, max_step_s, is_busy=aside.has_company)
-        self._steps.resume()
         return not self.is_over and aside.is_wanted(self._piece)
 
 
@@ -235,6 +240,7 @@ class EngineThread:
             cause = ModelLoadFailure("the engine stopped; see the log")
         finally:
             CORES.leave(self)
+            self._embed_work = iter(())
             runner.close()
             self._post(Stopped(cause))
 
@@ -243,19 +249,23 @@ class EngineThread:
         embeddings = EmbeddingQueue(runner.info.embedding.n_max, MAX_EMBED_INPUTS, scheduler.max_step_s)
         self._publish(scheduler, self._clock())
         self._post(Loaded(runner.info, runner.tokenizer, runner.parts))
-        while self._take_turn(runner, scheduler, embeddings):
-            if not self._compute_aside(runner, scheduler, embeddings):
-                return
+        parts = runner, scheduler, embeddings
+        while self._await_work(*parts) and self._take_turn(*parts) and self._compute_aside(*parts):
+            pass
+
+    def _await_work(self, runner: Runner, scheduler: Scheduler, embeddings: EmbeddingQueue) -> bool:
+        """Wait while there is nothing to do. False once told to shut down."""
+        if not scheduler.is_idle or not embeddings.is_idle:
+            return True
+        self._flush(scheduler, embeddings)
+        while self._inbox.empty() and runner.tidy():
+            pass
+        return self._drain(scheduler, embeddings, wait=True)
 
     def _take_turn(self, runner: Runner, scheduler: Scheduler, embeddings: EmbeddingQueue) -> bool:
-        """Obey what came, then a step and perhaps a piece of embeddings; wait when there is nothing to do. False
-        once told to shut down."""
-        is_idle = scheduler.is_idle and embeddings.is_idle
-        if is_idle:
-            self._flush(scheduler, embeddings)
-        while is_idle and self._inbox.empty() and runner.tidy():
-            pass
-        if not self._drain(scheduler, embeddings, wait=is_idle):
+        """Obey what came, then a step and perhaps a piece of embeddings; never waits long. False once told to shut
+        down."""
+        if not self._drain(scheduler, embeddings, wait=False):
             return False
         self._change_slots(runner, scheduler)
         batch = scheduler.plan(self._clock())
@@ -290,24 +300,33 @@ class EngineThread:
 
         def take_turn() -> bool:
             is_up = self._take_turn(runner, scheduler, embeddings)
+            self._flush(scheduler, embeddings)  # the next step is far
             self.step_started_at = self._clock()
             return is_up
 
         stretches = Stretches(take_turn, piece, scheduler, self._aside, self._clock)
-        self._aside.begin(len(piece.tokens))
         self.step_started_at = self._clock()
         try:
-            is_done = self._aside.run(runner, lambda: runner.run_aside(piece, stretches))
-            if is_done and piece.is_last:  # they have waited, and moving it takes time too
-                stretches.is_over = not take_turn()
+            self._run_aside(runner, piece, stretches)
         except RunnerFailure as error:
             scheduler.aside.fail(str(error))
         else:
-            scheduler.apply_aside(piece, self._aside.elapsed_s, self._clock())
-            self._aside.end()
+            scheduler.apply_aside(piece, self._clock())
         finally:
             self.step_started_at = None
         return not stretches.is_over
+
+    def _run_aside(self, runner: Runner, piece: AsidePiece, stretches: Stretches) -> None:
+        """Compute a piece, and let the prompt land after the last. Raises RunnerFailure."""
+        if piece.is_first:
+            runner.begin_aside(piece)
+        self._aside.begin(len(piece.tokens))
+        if not self._aside.run(runner, lambda: runner.run_aside(piece, stretches)):
+            return
+        self._aside.end()
+        # Before it is moved, which takes time too, the others have another turn.
+        if piece.is_last and stretches.interrupt():
+            runner.land_aside(piece.slot_id)
 
     def _drain(self, scheduler: Scheduler, embeddings: EmbeddingQueue, *, wait: bool) -> bool:
         """Obey everything in the inbox; False once told to shut down."""
@@ -422,12 +441,13 @@ class EngineThread:
             self._post(StepOutput(events))
 
     def _publish(self, scheduler: Scheduler, now: float) -> None:
-        steps, embedding = self._generation.governor, self._embedding.governor
+        steps, aside, embedding = (each.governor for each in (self._generation, self._aside, self._embedding))
         counts = (
             ("decode", steps.n_decode),
             ("prefill", steps.n_prefill),
+            ("aside", aside.n_latest),
             ("embedding", embedding.n_latest),
         )
-        n_changes = steps.n_changes + embedding.n_changes
+        n_changes = steps.n_changes + aside.n_changes + embedding.n_changes
         self.snapshot = structs.replace(scheduler.snapshot(), threads=counts, thread_changes_total=n_changes)
         self._snapshot_at = now

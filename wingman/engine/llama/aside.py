@@ -11,23 +11,35 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 
 from wingman.config import ContextConfig
+from wingman.engine.aside import MAX_PIECE_TOKENS
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.context import STATE_HEAD_BYTES, LlamaContext, SlotState
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.runner import AsidePiece, Batch, Chunk, RunnerFailure
 from wingman.errors import ModelLoadFailure
 
-NODES_PER_STRETCH: Final = 4
-"""So many of the thousand nodes of a graph are computed without a look at the clock."""
+MAX_NODES: Final = 8
+"""So many of the thousand nodes of a graph are computed at most before anybody is asked: as many as take less than
+`SLOW_S`, but one at least."""
+SLOW_S: Final = 0.02
+QUICK_S: Final = 0.005
+LEAST_TOKENS: Final = 1024
+"""A context is for a prompt of so many tokens, or twice as many, and so on."""
 
 
 _WORD_BYTES: Final = 4
+
+
+def has_one_part(context: LlamaContext, n_streams: int) -> bool:
+    """Whether the state of an empty slot is what `for_streams` expects. Models with several caches write several."""
+    return context.slot_bytes(0) == STATE_HEAD_BYTES + _WORD_BYTES * (1 + n_streams)
 
 
 def for_one_stream(state: SlotState, slot_id: int, n_streams: int) -> SlotState:
@@ -71,64 +83,95 @@ class _Pauses:
     """The callback of the graph's scheduler. C holds a pointer to `callback`."""
 
     def __init__(self) -> None:
-        self.goes_on: Callable[[], bool] = lambda: True
+        self.callback = lib.ggml_backend_sched_eval_callback(self._on_node)
+        self.resume(lambda: True)
+
+    def resume(self, goes_on: Callable[[], bool]) -> None:
+        """Ask `goes_on` from now on, until it says no or raises."""
         self.is_stopped = False
         self.error: BaseException | None = None
-        self._n_nodes = 0
-        self.callback = lib.ggml_backend_sched_eval_callback(self._on_node)
+        self._goes_on = goes_on
+        self._n_each = self._n_left = MAX_NODES
+        self._resumed_at = time.perf_counter()
 
     def _on_node(self, _tensor: int, is_question: bool, _: object) -> bool:
-        """Asked before: whether to stop after this node; told after: whether to compute the rest."""
+        """Asked before: whether to stop after this node; told after: whether to compute the rest. A no ends one of
+        the parts that a graph may have, so it is said to each."""
         if is_question:
-            self._n_nodes += 1
-            return self._n_nodes % NODES_PER_STRETCH == 0
+            self._n_left -= 1
+            return self.is_stopped or self._n_left <= 0
+        if not self.is_stopped:
+            self._ask()
+        return not self.is_stopped
+
+    def _ask(self) -> None:
+        elapsed_s = time.perf_counter() - self._resumed_at
+        if elapsed_s > SLOW_S:
+            self._n_each = max(1, self._n_each // 2)
+        elif elapsed_s < QUICK_S:
+            self._n_each = min(2 * self._n_each, MAX_NODES)
         try:
-            self.is_stopped = not self.goes_on()
+            self.is_stopped = not self._goes_on()
         except BaseException as error:  # noqa: BLE001 - raised again where Python is entered from
             self.error = error
             self.is_stopped = True
-        return not self.is_stopped
+        self._n_left = self._n_each
+        self._resumed_at = time.perf_counter()
 
 
 class AsideContext:
-    """A context as large as a slot of the one whose configuration it gets."""
+    """A context for one prompt at a time."""
 
-    def __init__(self, model: LlamaModel, config: ContextConfig, slots: LlamaContext) -> None:
-        """Allocate it. Raises RunnerFailure when it does not fit."""
+    def __init__(self, model: LlamaModel, config: ContextConfig, slots: LlamaContext, n_prompt: int) -> None:
+        """Allocate it beside that of the slots, which has this configuration. Raises RunnerFailure when it does not
+        fit."""
         self._adapters = model.adapters
         self._n_streams = config.parallel
         self._pauses = _Pauses()
-        # Models may compute long contexts in another way, so it must be as long as a slot.
+        n_ubatch = min(slots.n_ubatch, MAX_PIECE_TOKENS)
+        n_ctx = max(LEAST_TOKENS, 1 << (n_prompt - 1).bit_length())
+        if any(
+            ".rope.scaling." in key for key in model.metadata()
+        ):  # it may depend on the size of the context
+            n_ctx = slots.n_ctx_slot
         own = dataclasses.replace(
             config,
             parallel=1,
-            ctx_size=slots.n_ctx_slot,
-            batch_size=slots.n_ubatch,
-            ubatch_size=slots.n_ubatch,
+            ctx_size=min(n_ctx, slots.n_ctx_slot),
+            batch_size=n_ubatch,
+            ubatch_size=n_ubatch,
         )
         try:
             self._context = LlamaContext(model, own, on_node=self._pauses.callback)
         except ModelLoadFailure as error:
             raise RunnerFailure(str(error)) from error
 
-    def run(self, piece: AsidePiece, slots: LlamaContext, goes_on: Callable[[], bool]) -> bool:
-        """Compute a piece, after what a slot holds if it is the first; see Runner.run_aside."""
-        context, pauses = self._context, self._pauses
-        if piece.is_first:
-            lib.llama_memory_seq_rm(context.memory, 0, -1, -1)
-        if piece.is_first and piece.position:
-            context.write(for_one_stream(slots.read(piece.slot_id), piece.slot_id, self._n_streams), 0)
-        context.set_lora(self._adapters, piece.lora)
-        pauses.goes_on, pauses.is_stopped = goes_on, False
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens of a prompt."""
+        return self._context.n_ctx
+
+    def begin(self, piece: AsidePiece, slots: LlamaContext) -> None:
+        """Hold what a slot holds. Raises RunnerFailure."""
+        lib.llama_memory_seq_rm(self._context.memory, 0, -1, -1)
+        if piece.position:
+            state = slots.read(piece.slot_id)
+            self._context.write(for_one_stream(state, piece.slot_id, self._n_streams), 0)
+
+    def run(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
+        """Compute a piece; see Runner.run_aside."""
+        pauses = self._pauses
+        self._context.set_lora(self._adapters, piece.lora)
         chunk = Chunk(0, piece.job_id, piece.tokens, piece.position, wants_sample=False)
+        pauses.resume(goes_on)
         try:
-            context.decode(Batch((), (), (chunk,), 0.0))
+            self._context.decode(Batch((), (), (chunk,), 0.0))
         finally:
-            pauses.goes_on = lambda: True
-            error, pauses.error = pauses.error, None
+            error, is_stopped = pauses.error, pauses.is_stopped
+            pauses.resume(lambda: True)
         if error is not None:
             raise error
-        return not pauses.is_stopped
+        return not is_stopped
 
     def result(self) -> SlotState:
         """All that was computed, for a slot. Raises RunnerFailure."""

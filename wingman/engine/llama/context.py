@@ -25,7 +25,6 @@ from wingman.engine.runner import (
     Fork,
     KvCopy,
     KvDrop,
-    KvLand,
     KvOp,
     KvPark,
     KvRemove,
@@ -112,8 +111,6 @@ class LlamaContext:
                 quick.llama_memory_seq_rm(self.memory, slot_id, n_tokens, -1)
             case KvDrop(key):
                 del self._parked[key]
-            case KvLand():
-                raise RunnerFailure("nothing was computed aside")
 
     def _copy(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first tokens of a slot to another. In a shared pool they share the cells; else the state
@@ -129,7 +126,10 @@ class LlamaContext:
     def read(self, slot_id: int, n_spare: int = 0) -> SlotState:
         """All that a slot holds, for `write`, and so many zeros behind it. Raises RunnerFailure."""
         size = self.slot_bytes(slot_id)
-        buffer = np.empty(size + n_spare, np.uint8)
+        try:
+            buffer = np.empty(size + n_spare, np.uint8)
+        except MemoryError as error:
+            raise RunnerFailure(f"no memory for the {size} bytes of a sequence") from error
         buffer[size:] = 0
         n_bytes = lib.llama_state_seq_get_data(self.handle, _bytes_of(buffer), size, slot_id)
         if n_bytes != size:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from wingman.config import ContextConfig, ModelConfig
 from wingman.engine.drafting import Draft, DraftRequest
 from wingman.engine.llama import binding
-from wingman.engine.llama.aside import AsideContext
+from wingman.engine.llama.aside import AsideContext, has_one_part
 from wingman.engine.llama.binding import lib
 from wingman.engine.llama.candidates import Candidates
 from wingman.engine.llama.context import LlamaContext, context_params
@@ -21,7 +21,6 @@ from wingman.engine.llama.weights import Weights
 from wingman.engine.runner import (
     AsidePiece,
     Batch,
-    KvLand,
     OnProgress,
     RunnerFailure,
     SamplerStart,
@@ -52,6 +51,8 @@ class LlamaRunner:
         self._embedder: Embedder | None = None
         self._draft: DraftModel | None = None
         self._aside: AsideContext | None = None
+        self._has_one_part = False
+        """Whether the cache is of the form that prompts computed outside it can land in."""
         self._is_on_gpu = binding.can_offload() and model.n_gpu_layers != 0
         self._samplers: dict[int, Sampler] = {}
         try:
@@ -64,6 +65,7 @@ class LlamaRunner:
     def _open(self, context: ContextConfig, *, is_alone: bool) -> None:
         if self._model.can_generate:
             self._context = LlamaContext(self._model, context, is_alone=is_alone)
+            self._has_one_part = has_one_part(self._context, context.parallel)
             self._context.warm_up(self._model, is_alone=is_alone)
             if context.model_draft is not None:
                 self._draft = DraftModel(self._model, _draft_config(context), context)
@@ -104,10 +106,7 @@ class LlamaRunner:
         """Bring cache and samplers into the state that a batch begins with. Raises RunnerFailure."""
         context = self._generating()
         for op in batch.kv:
-            if isinstance(op, KvLand) and self._aside is not None:
-                context.write(self._aside.result(), op.slot_id)
-            else:
-                context.edit_cache(op)
+            context.edit_cache(op)
         for start in batch.samplers:
             self._start_sampler(start)
         context.set_lora(self._model.adapters, batch.lora)
@@ -148,19 +147,33 @@ class LlamaRunner:
         )
 
     @property
-    def can_pause(self) -> bool:
-        """Whether `run_aside` can be used: not where a GPU is kept busy by what is enqueued ahead; not in a cache that
-        all slots share, whose room is counted by the step; nor with one of several parts (window, recurrent)."""
-        is_plain = self._model.can_rollback and not self._context_config.kv_unified
-        return self._context is not None and is_plain and not self._is_on_gpu
+    def can_compute_aside(self) -> bool:
+        """Whether prompts can be computed outside the slots: not where a GPU is kept busy by what is enqueued
+        ahead; not in a cache that all slots share, whose room is counted by the step; nor in one of several
+        parts."""
+        is_split = self._context is not None and not self._context_config.kv_unified
+        return is_split and not self._is_on_gpu and self._model.can_rollback and self._has_one_part
+
+    def begin_aside(self, piece: AsidePiece) -> None:
+        """Make room for a prompt and take over what its slot holds. Raises RunnerFailure."""
+        slots = self._generating()
+        if self._aside is None or self._aside.n_ctx < piece.n_prompt:
+            self._close_aside()
+            self._aside = AsideContext(self._model, self._context_config, slots, piece.n_prompt)
+        self._aside.begin(piece, slots)
 
     def run_aside(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
-        """Compute tokens of a prompt outside the slots, asking now and then whether to go on. Raises
-        RunnerFailure."""
-        slots = self._generating()
+        """Compute a piece, asking now and then whether to go on. Raises RunnerFailure."""
+        return self._begun_aside().run(piece, goes_on)
+
+    def land_aside(self, slot_id: int) -> None:
+        """Replace what a slot holds by what was computed. Raises RunnerFailure."""
+        self._generating().write(self._begun_aside().result(), slot_id)
+
+    def _begun_aside(self) -> AsideContext:
         if self._aside is None:
-            self._aside = AsideContext(self._model, self._context_config, slots)
-        return self._aside.run(piece, slots, goes_on)
+            raise RunnerFailure("nothing was begun outside the slots")
+        return self._aside
 
     def embed(self, inputs: Sequence[Sequence[int]], n_piece: int) -> Iterator[list[bytes]]:
         """Vectors of inputs that fit one batch, as float32 bytes, computed in pieces of `n_piece` tokens by
