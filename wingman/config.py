@@ -89,7 +89,7 @@ class ContextConfig:
     ubatch_size: int = option(512, "-ub", "--ubatch-size", env="LLAMA_ARG_UBATCH", metavar="TOKENS",
         help="most tokens computed at once; also the most prompt tokens in one step")  # fmt: skip
     max_step_ms: int = option(250, "--max-step-ms", metavar="MS",
-        help="while others generate, prompts are evaluated in pieces so that a step takes about this long")  # fmt: skip
+        help="how long evaluating a prompt may hold up those who are being answered, about")  # fmt: skip
     threads: int = option(0, "-t", "--threads", env="LLAMA_ARG_THREADS", parse=parse_threads, metavar="N",
         help="threads for generation; auto or 0: as many as are fastest, up to the cores of this machine")  # fmt: skip
     threads_batch: int = option(0, "-tb", "--threads-batch", env="LLAMA_ARG_THREADS_BATCH", parse=parse_threads,

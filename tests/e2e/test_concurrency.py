@@ -190,3 +190,33 @@ def test_a_slow_reader_harms_only_itself(start_server: Callable[..., ServerProce
 
     assert asyncio.run(read_nothing())["stop"] is True
     server.wait_idle()
+
+
+async def test_streams_go_on_while_a_long_prompt_is_evaluated(
+    server: ServerProcess, starter_model: Path
+) -> None:
+    words = random.Random(5).choices(
+        "bread sea clock winter violin bridge bees old new far near".split(), k=780
+    )
+    long = body("x", prompt=" ".join(words), n_predict=8, return_tokens=True)
+    alone = server.post("/completion", long).json()
+    n_seen, n_meanwhile = 0, 0
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        request = body("rivers", n_predict=700, stream=True)
+        async with client.stream("POST", "/completion", json=request) as response:
+            answer: asyncio.Task[httpx.Response] | None = None
+            async for line in response.aiter_lines():
+                n_seen += line.startswith("data: ")
+                if n_seen == 10 and answer is None:
+                    answer = asyncio.create_task(client.post("/completion", json=long))
+                n_meanwhile += answer is not None
+                if answer is not None and answer.done():
+                    break
+    assert answer is not None
+    assert answer.done(), "the stream ended before the long prompt was answered"
+    beside = answer.result().json()
+    assert beside["timings"]["prompt_n"] > 700
+    assert n_meanwhile > 8, "the prompt held up the stream"
+    logits = Logits(starter_model)
+    tie_at(logits, server, long["prompt"], beside["tokens"], alone["tokens"])
+    logits.close()

@@ -11,6 +11,7 @@ import pytest
 from tests.support.runner import compute
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.llama.aside import MAX_NODES, _Pauses, for_one_stream, for_streams
+from wingman.engine.llama.binding import lib
 from wingman.engine.llama.model import LlamaModel
 from wingman.engine.llama.runner import LlamaRunner
 from wingman.engine.runner import AsidePiece, Batch, Chunk, RunnerFailure, SamplerStart
@@ -82,6 +83,26 @@ def test_a_prompt_computed_with_pauses_is_the_same(runner: LlamaRunner, slot: in
     first = compute_aside(runner, slot, n_held, goes_on)
     assert n_asked > 10
     assert said_after(runner, slot, first) == right
+
+
+@pytest.mark.parametrize("flash_attn", ["on", "off"])
+def test_the_slot_is_the_same_byte_for_byte(tiny_model: Path, flash_attn: str) -> None:
+    config = ContextConfig(
+        ctx_size=N_SLOTS * 256, parallel=N_SLOTS, threads=1, ubatch_size=64, flash_attn=flash_attn
+    )
+    runner = LlamaRunner(ModelConfig(model=tiny_model), config)
+    context = runner._generating()
+    for piece in pieces(2):
+        chunk = Chunk(2, 1, piece.tokens, piece.position, wants_sample=False)
+        context.decode(Batch((), (), (chunk,), 0.0))
+    right = context.read(2)
+    runner.reset()
+    compute_aside(runner, 2)
+    context = runner._generating()
+    assert context.memory
+    lib.llama_memory_seq_rm(context.memory, 2, len(LONG) - 1, -1)
+    assert np.array_equal(context.read(2), right)
+    runner.close()
 
 
 def test_what_is_given_up_leaves_no_trace(runner: LlamaRunner) -> None:
