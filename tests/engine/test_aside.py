@@ -15,9 +15,12 @@ from tests.support.scheduler import Machine
 from wingman.config import ContextConfig, ModelConfig, SamplingParams
 from wingman.engine.aside import MAX_FAILURES
 from wingman.engine.client import Engine
+from wingman.engine.lifecycle import JobState
 from wingman.engine.pace import MIN_STRETCH_S, TURN_SHARE, stretch_s
 from wingman.engine.runner import AsidePiece, RunnerFailure
-from wingman.engine.types import Failed, Finished, Job, Progress, TextDelta
+from wingman.engine.stream import JobStream
+from wingman.engine.thread import Message
+from wingman.engine.types import Failed, Finished, Job, Progress, StepOutput, TextDelta
 from wingman.errors import Unavailable
 
 LONG = [3 + index % 7 for index in range(30)]
@@ -89,6 +92,17 @@ def test_those_who_wait_are_computed_when_nobody_generates_any_more() -> None:
     one.run()
     assert [piece.job_id for piece in one.pieces] == [2, 2, 2, 2, 3, 3, 3, 3]
     assert [len(one.finished(job_id).tokens) for job_id in (1, 2, 3)] == [5, 3, 3]
+
+
+def test_a_single_token_has_nothing_to_compute_aside() -> None:
+    one = Machine(2, n_batch=1, can_compute_aside=True)
+    one.add(1, TALK, n_predict=5)
+    while one.scheduler._jobs[1].state is not JobState.DECODE:
+        one.step()
+    one.add(2, [1], n_predict=2)
+    one.run()
+    assert not one.pieces
+    assert list(one.finished(2).tokens) == solo_output([1], 2, 64)
 
 
 def test_a_far_shorter_prompt_does_not_wait() -> None:
@@ -227,8 +241,8 @@ class Slow(ScriptedRunner):
 
     def __init__(self) -> None:
         super().__init__(n_slots=2, n_ctx_slot=4000, n_batch=8)
-        self.said_at: list[float] = []
-        """When tokens of the first slot were sampled."""
+        self.said_at: list[int] = []
+        """Tokens computed aside when one of the first slot was sampled."""
         self.can_compute_aside = True
         self.hooks: list[Callable[[], None]] = []
         self.fails: set[str] = set()
@@ -248,7 +262,7 @@ class Slow(ScriptedRunner):
     def choose(self, slot_id: int, held: Any) -> int:
         time.sleep(0.001)
         if slot_id == 0:
-            self.said_at.append(time.monotonic())
+            self.said_at.append(self.n_aside)
         return 3 + _hash(held[-5:]) % 256
 
     def run_aside(self, piece: AsidePiece, goes_on: Callable[[], bool]) -> bool:
@@ -273,13 +287,19 @@ def job(engine: Engine, prompt: list[int], **fields: Any) -> Job:
     return Job(id=engine.new_job_id(), prompt=tuple(prompt), sampling=SamplingParams(), **fields)
 
 
+async def talking(engine: Engine) -> JobStream:
+    """A stream that has begun."""
+    talk = engine.submit(job(engine, TALK, n_predict=3000, stream=True))
+    async for _ in talk:
+        break
+    return talk
+
+
 async def test_a_stream_goes_on_while_a_long_prompt_is_computed() -> None:
     runner = Slow()
     engine = await loaded(runner)
     seen: list[int] = []
-    async with engine.submit(job(engine, TALK, n_predict=3000, stream=True)) as talk:
-        async for _ in talk:
-            break
+    async with await talking(engine) as talk:
         async with engine.submit(job(engine, LONG * 3, n_predict=2)) as long:
             waiting = asyncio.create_task(long.results())
             async for event in talk:
@@ -296,9 +316,7 @@ async def test_a_stream_goes_on_while_a_long_prompt_is_computed() -> None:
 async def test_who_leaves_ends_the_computation() -> None:
     runner = Slow()
     engine = await loaded(runner)
-    async with engine.submit(job(engine, TALK, n_predict=3000, stream=True)) as talk:
-        async for _ in talk:
-            break
+    async with await talking(engine):
         long = engine.submit(job(engine, LONG * 30, n_predict=2))
         assert await asyncio.to_thread(runner.has_begun.wait, 10)
         long.close()
@@ -313,9 +331,7 @@ async def test_who_leaves_ends_the_computation() -> None:
 async def test_a_shutdown_does_not_wait_for_it() -> None:
     runner = Slow()
     engine = await loaded(runner)
-    talk = engine.submit(job(engine, TALK, n_predict=3000, stream=True))
-    async for _ in talk:
-        break
+    talk = await talking(engine)
     long = engine.submit(job(engine, LONG * 100, n_predict=2))  # 15 s
     assert await asyncio.to_thread(runner.has_begun.wait, 10)
     assert await engine.close()
@@ -331,9 +347,7 @@ async def test_without_memory_for_it_everybody_is_still_answered(what: str) -> N
     runner = Slow()
     runner.fails = {what}
     engine = await loaded(runner)
-    async with engine.submit(job(engine, TALK, n_predict=3000, stream=True)) as talk:
-        async for _ in talk:
-            break
+    async with await talking(engine):
         for _ in range(MAX_FAILURES + 1):
             async with engine.submit(job(engine, LONG, n_predict=2, cache_prompt=False)) as long:
                 (end,) = await long.results()
@@ -344,24 +358,28 @@ async def test_without_memory_for_it_everybody_is_still_answered(what: str) -> N
     await engine.close()
 
 
-async def test_what_the_others_say_is_heard_at_once() -> None:
-    """Not a stretch later."""
+async def test_what_the_others_say_is_posted_before_the_prompt_goes_on() -> None:
     runner = Slow()
     engine = await loaded(runner)
-    async with engine.submit(job(engine, TALK, n_predict=3000, stream=True)) as talk:
-        async for _ in talk:
-            break
-        long = engine.submit(job(engine, LONG * 10, n_predict=2))
-        assert await asyncio.to_thread(runner.has_begun.wait, 10)
-        delays: list[float] = []
-        async for event in talk:
-            delays.append(time.monotonic() - runner.said_at[-1])
-            if len(delays) > 12 or not isinstance(event, TextDelta):
-                break
-        assert runner.n_aside < len(LONG * 10) - 1, "it is still being computed"
-        long.close()
-    assert sorted(delays)[len(delays) // 2] < MIN_STRETCH_S / 2
-    await engine.close()
+    posted_at: list[int] = []
+    post = engine._thread._post
+
+    def watch(message: Message) -> None:
+        if isinstance(message, StepOutput):
+            posted_at.extend(runner.n_aside for event in message.events if isinstance(event, TextDelta))
+        post(message)
+
+    async with await talking(engine):
+        async with engine.submit(job(engine, LONG * 3, n_predict=1)) as long:
+            assert await asyncio.to_thread(runner.has_begun.wait, 10)
+            engine._thread._post = watch
+            await long.results()
+    assert await engine.close()
+    meanwhile = [n for n in posted_at if 0 < n < len(LONG * 3) - 1]
+    assert len(meanwhile) > 5
+    said_at = [n for n in runner.said_at if meanwhile[0] <= n <= meanwhile[-1]]
+    assert meanwhile == said_at[-len(meanwhile) :]
+    assert set(said_at) == set(meanwhile)
 
 
 async def test_an_engine_that_breaks_in_a_pause_says_so() -> None:
@@ -371,9 +389,7 @@ async def test_an_engine_that_breaks_in_a_pause_says_so() -> None:
     runner = Slow()
     runner.hooks = [lambda: None, fall_over]
     engine = await loaded(runner)
-    talk = engine.submit(job(engine, TALK, n_predict=3000, stream=True))
-    async for _ in talk:
-        break
+    talk = await talking(engine)
     long = engine.submit(job(engine, LONG, n_predict=2))
     with pytest.raises(Unavailable):
         await long.results()

@@ -69,7 +69,7 @@ class Aside:
             for each in self._in_steps():
                 n_left = each.n_prompt_left
                 is_worth_moving = n_left * MAX_HELD_SHARE >= each.n_filled and not each.stays_in_steps
-                if is_worth_moving and n_left > max(n_most, n_waited_for // PATIENCE):
+                if is_worth_moving and n_left > max(n_most, n_waited_for // PATIENCE, 1):
                     each.go_aside()
                     log.debug("job %d: %d tokens aside", each.job.id, n_left)
         if current is None and self._piece is None:

@@ -32,8 +32,6 @@ SLOW_S: Final = 0.02
 QUICK_S: Final = 0.005
 LEAST_TOKENS: Final = 1024
 """A context is for a prompt of so many tokens, or twice as many, and so on."""
-
-
 _WORD_BYTES: Final = 4
 
 
@@ -130,9 +128,8 @@ class AsideContext:
         self._pauses = _Pauses()
         n_ubatch = min(slots.n_ubatch, MAX_PIECE_TOKENS)
         n_ctx = max(LEAST_TOKENS, 1 << (n_prompt - 1).bit_length())
-        if any(
-            ".rope.scaling." in key for key in model.metadata()
-        ):  # it may depend on the size of the context
+        is_scaled = any(".rope.scaling." in key for key in model.metadata())
+        if is_scaled:  # perhaps depending on the size of the context
             n_ctx = slots.n_ctx_slot
         own = dataclasses.replace(
             config,
